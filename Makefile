@@ -1,0 +1,35 @@
+# Every target sets itself up: in the active virtual environment, otherwise in .venv here.
+VENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.pckernels-installed
+OUT := out
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(RUN) -m pckernels train cnn --dataset digits --learner both --epochs 5 --out $(OUT)
+	$(RUN) -m pckernels verify cnn --plot $(OUT)/convergence.png --json $(OUT)/verify.json
+	@echo "Curves and plots are in ./$(OUT)"
+
+test: lint
+	$(RUN) -m pytest
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(STAMP)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf .venv build dist $(OUT) *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# One install for as long as the packaging files stay as they are.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
