@@ -1,0 +1,1 @@
+"""Independent oracles: predictive coding written from its equations, sharing no code with the package."""
