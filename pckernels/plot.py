@@ -1,0 +1,138 @@
+"""Figures: training curves of both learners, and the convergence of gradients beside what theory predicts.
+
+Nothing here computes: curves come from the CSV files that training wrote, convergence from lists of plain numbers.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .errors import Unsupported
+
+FLOOR = 1e-17  # an error of exactly 0 has no place on a log axis; it is drawn here
+LEGEND = 10  # more vertices than this are told apart by colour alone, first and last named
+
+
+def curves(tables: Mapping[str, str | Path], path: str | Path, title: str = "") -> None:
+    """Draw training loss, test loss and test accuracy of each learner, side by side, as a PNG at `path`.
+
+    Args:
+        tables: learner name -> the metrics CSV that training wrote (columns step, epoch, batch, split, loss, accuracy).
+
+    Raises:
+        FileNotFoundError, ValueError: a CSV is missing, or is not one that training wrote.
+    """
+    rows = {name: read_metrics(table) for name, table in tables.items()}
+    figure = _figure(12, 3.6)
+    panels = figure.subplots(1, 3)
+    for (name, metrics), style in zip(rows.items(), _styles(), strict=False):
+        _draw_training(panels[0], name, metrics, style)
+        _draw_test(panels[1], panels[2], name, metrics, style)
+    for panel, label in zip(panels, ("training loss a sample", "test loss a sample", "test accuracy"), strict=True):
+        panel.set_xlabel("batches")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def convergence(
+    path: str | Path,
+    steps: Sequence[int],
+    measured: Mapping[str, Sequence[float]],
+    predicted: Mapping[str, Sequence[float]],
+    title: str = "",
+) -> None:
+    """Draw the relative gradient error of each vertex against T, measured (markers) over predicted (lines), as a PNG.
+
+    Args:
+        steps: the numbers of inference steps T, ascending.
+        measured: vertex name -> relative error against autograd at each T.
+        predicted: vertex name -> |c_k(T) - 1| at each T; a vertex without a prediction is drawn without a line.
+
+    Raises:
+        ValueError: a list is not as long as `steps`, or `measured` is empty.
+    """
+    _require_lengths(steps, measured, predicted)
+    figure = _figure(7.5, 5)
+    axes = figure.subplots()
+    for index, name in enumerate(measured):
+        _draw_vertex(axes, steps, name, index, measured, predicted)
+    axes.set_yscale("log")
+    axes.set_xlabel("inference steps T")
+    axes.set_ylabel("relative gradient error against autograd")
+    axes.set_title(f"{title}\nmarkers: measured; lines: |c_k(T) - 1|, predicted".strip())
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a metrics CSV, as text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = {"step", "split", "loss", "accuracy"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} is not a metrics file of `pckernels train`: it has no column {', '.join(sorted(missing))}.")
+        return list(reader)
+
+
+def _draw_training(axes, name, metrics, style):  # type: ignore[no-untyped-def]
+    train = [(int(row["step"]), float(row["loss"])) for row in metrics if row["split"] == "train"]
+    if not train:
+        return
+    steps, losses = zip(*train, strict=True)
+    width = max(1, len(losses) // 100)
+    axes.plot(steps[width - 1 :], _running_mean(losses, width), label=name, **style)
+
+
+def _draw_test(loss_axes, accuracy_axes, name, metrics, style):  # type: ignore[no-untyped-def]
+    test = [row for row in metrics if row["split"] == "test"]
+    steps = [int(row["step"]) for row in test]
+    marker = {"marker": "o", "markersize": 3}
+    loss_axes.plot(steps, [float(row["loss"]) for row in test], label=name, **style, **marker)
+    accuracy_axes.plot(steps, [float(row["accuracy"]) for row in test], label=name, **style, **marker)
+
+
+def _draw_vertex(axes, steps, name, index, measured, predicted):  # type: ignore[no-untyped-def]
+    from matplotlib import colormaps
+
+    last = len(measured) - 1
+    color = colormaps["viridis"](0.9 * index / max(1, last))
+    label = name if len(measured) <= LEGEND or index in (0, last) else None
+    if name in predicted:
+        axes.plot(steps, [max(FLOOR, value) for value in predicted[name]], color=color, linewidth=1)
+    axes.plot(steps, [max(FLOOR, value) for value in measured[name]], "o", color=color, markersize=3.5, label=label)
+
+
+def _require_lengths(steps: Sequence[int], measured: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]]) -> None:
+    if not measured:
+        raise ValueError("measured must hold at least one vertex: there is nothing to draw.")
+    for kind, table in (("measured", measured), ("predicted", predicted)):
+        for name, values in table.items():
+            if len(values) != len(steps):
+                raise ValueError(f"{kind}[{name!r}] has {len(values)} values for {len(steps)} numbers of steps; give one for each.")
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    total = [0.0]
+    for value in values:
+        total.append(total[-1] + value)
+    return [(total[end] - total[end - width]) / width for end in range(width, len(total))]
+
+
+def _styles() -> list[dict[str, object]]:
+    # an exact rule lies on top of backprop: dashes over a wide pale line keep both visible
+    return [{"linewidth": 4, "alpha": 0.4}, {"linewidth": 1.4, "linestyle": "--"}]
+
+
+def _figure(width: float, height: float):  # type: ignore[no-untyped-def]
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Unsupported("Drawing needs matplotlib: `pip install matplotlib`.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no window system, and the caller's own pyplot figures stay as they are
+    return figure
