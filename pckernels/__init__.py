@@ -1,0 +1,20 @@
+"""Predictive coding for PyTorch: any nn.Module learns by local updates, and every claim of exactness is a test."""
+
+from pckernels.dispatch import Support, backends
+from pckernels.errors import InferenceDiverged, Unsupported
+from pckernels.network import Inference, PCNetwork
+from pckernels.rules import FixedPrediction, Strict, ZeroDivergence
+from pckernels.version import __version__
+
+__all__ = [
+    "FixedPrediction",
+    "Inference",
+    "InferenceDiverged",
+    "PCNetwork",
+    "Strict",
+    "Support",
+    "Unsupported",
+    "ZeroDivergence",
+    "__version__",
+    "backends",
+]

@@ -1,0 +1,1 @@
+"""The backends: each runs a call (call.py) and returns an outcome; reference.py is the specification of all of them."""

@@ -1,0 +1,263 @@
+"""Fixed prediction without its steps: the T-step errors from backward sweeps over the feed-forward pass.
+
+The error of a vertex after T steps is the sum over path lengths k of c_k(T) times the part of delta that travels paths of
+length k (coefficients.py). A component is one such part. Components that can no longer be told apart are merged: lengths
+whose coefficients are 1 to rounding here and at every vertex further up; those whose coefficients are 0 are dropped.
+In nested order an edge into a later time step starts again at k = 1, from an error that is final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pckernels.backends.feedforward import Bound, Local, feedback, vjp
+from pckernels.backends.learning import LocalUpdates
+from pckernels.backends.results import Frozen, Tensors, bound_updates, complaint, full_errors
+from pckernels.call import Call, Outcome, Snapshot
+from pckernels.coefficients import trajectory
+from pckernels.graph import ComputationGraph
+from pckernels.rules import Dynamics
+from pckernels.schedule import time_groups
+
+Components = dict[int, Tensor]  # path length -> the part of delta that travels paths of that length
+
+
+@dataclass
+class Plan:
+    """What a sweep needs to know before it starts: coefficients, groups, and how far each vertex is from its group's rim."""
+
+    rows: list[list[float]]
+    groups: dict[str, int]
+    above: dict[str, int]
+    ones: int  # c_k(T) is 1 to rounding for every k up to this
+    zeros: int  # c_k(T) is 0 to rounding for every k from this on
+
+    @property
+    def c(self) -> list[float]:
+        return self.rows[-1]
+
+    def weight(self, length: int) -> float:
+        return 1.0 if length <= self.ones else self.c[length] if length < self.zeros else 0.0
+
+
+def make_plan(graph: ComputationGraph, dynamics: Dynamics, dtype: torch.dtype) -> Plan:
+    """The plan of a merged sweep. Merging counts a coefficient as 0 or 1 within half a unit of the dtype's rounding."""
+    steps = graph.depth if dynamics.steps is None else dynamics.steps
+    groups = time_groups(graph) if dynamics.nested else dict.fromkeys((v.name for v in graph.vertices), 0)
+    rows = trajectory(steps, dynamics.rate, graph.depth + 1)
+    rounding = torch.finfo(dtype).eps / 2
+    ones = next((k - 1 for k, c in enumerate(rows[-1]) if abs(c - 1.0) > rounding), len(rows[-1]) - 1)
+    zeros = next((k + 1 for k in range(len(rows[-1]) - 1, -1, -1) if abs(rows[-1][k]) > rounding), 0)
+    return Plan(rows, groups, _above(graph, groups), ones, zeros)
+
+
+def _above(graph: ComputationGraph, groups: dict[str, int]) -> dict[str, int]:
+    """The longest path from each vertex up to a free ancestor of its own group."""
+    above: dict[str, int] = {}
+    for vertex in graph.vertices:
+        own = [above[parent] + 1 for parent in graph.free_parents(vertex) if groups[parent] == groups[vertex.name]]
+        above[vertex.name] = max(own, default=0)
+    return above
+
+
+class Sweep:
+    """One backward sweep: components, and errors, from the outputs up."""
+
+    def __init__(self, bound: Bound, plan: Plan, merge: bool, learn: LocalUpdates | None):
+        self.bound, self.graph, self.plan, self.merge, self.learn = bound, bound.graph, plan, merge, learn
+        self.components: dict[str, Components] = {}
+        self.final: Tensors = {}  # errors that more than one component makes up
+        self.products = 0
+        self.merged = False
+
+    def run(self, at_outputs: Tensors) -> None:
+        self.components.update({name: {0: error} for name, error in at_outputs.items()})
+        for vertex in reversed(self.graph.vertices):
+            if vertex.name in self.components:
+                self._visit(self.bound.locals[vertex.name])
+
+    def _visit(self, local: Local) -> None:
+        name = local.vertex.name
+        components = self._simplified(name)
+        if not components:
+            del self.components[name]  # the error has not arrived after T steps
+            return
+        self.components[name] = components
+        near = [p for p in local.parents if self.plan.groups[p] == self.plan.groups[name] or name in self.graph.outputs]
+        far = [p for p in local.parents if p not in near]
+        if len(components) == 1:
+            ((length, delta),) = components.items()
+            self._visit_alone(local, length, delta, near, far)
+        else:
+            self._visit_mixture(local, components, near, far)
+
+    def _visit_alone(self, local: Local, length: int, delta: Tensor, near: list[str], far: list[str]) -> None:
+        """One component: everything from a single vector-Jacobian product, since all of it is linear in the error."""
+        weight = self.plan.weight(length)
+        wanted = self.learn.wanted(local) if self.learn else []
+        results = vjp(local, delta, [local.parents[p] for p in [*near, *far]] + wanted)
+        self.products += 1
+        for parent, result in zip([*near, *far], results, strict=False):
+            self._send(parent, length + 1 if parent in near else 1, result if parent in near else _scaled(result, weight))
+        if self.learn and weight != 0.0:
+            self.learn.add(local, results[len(near) + len(far) :], weight)
+
+    def _visit_mixture(self, local: Local, components: Components, near: list[str], far: list[str]) -> None:
+        name = local.vertex.name
+        for length, delta in components.items() if near else ():
+            self.products += 1
+            for parent, result in feedback(local, delta, near).items():
+                self._send(parent, length + 1, result)
+        error = self.final[name] = self.error(name)
+        wanted = self.learn.wanted(local) if self.learn else []
+        results = vjp(local, error, [local.parents[p] for p in far] + wanted)
+        self.products += 1
+        for parent, result in zip(far, results, strict=False):
+            self._send(parent, 1, result)
+        if self.learn:
+            self.learn.add(local, results[len(far) :])
+
+    def _send(self, parent: str, length: int, part: Tensor | None) -> None:
+        if part is not None:
+            components = self.components.setdefault(parent, {})
+            components[length] = components[length] + part if length in components else part
+
+    def _simplified(self, name: str) -> Components:
+        components = {k: part for k, part in self.components[name].items() if k < self.plan.zeros}
+        alike = [k for k in components if k + self.plan.above[name] <= self.plan.ones] if self.merge else []
+        if len(alike) < 2:
+            return components
+        self.merged = True
+        total = components[alike[0]]
+        for k in alike[1:]:
+            total = total + components[k]
+        return {**{k: part for k, part in components.items() if k not in alike}, max(alike): total}
+
+    def error(self, name: str) -> Tensor:
+        """eps after T steps."""
+        if name in self.final:
+            return self.final[name]
+        return self.error_at(name, self.plan.weight)
+
+    def error_at(self, name: str, weight: Callable[[int], float]) -> Tensor:
+        total: Tensor | None = None
+        for length, part in self.components[name].items():
+            c = weight(length)
+            if c != 0.0:
+                term = part if c == 1.0 else c * part
+                total = term if total is None else total + term
+        return torch.zeros_like(self.bound.mu[name]) if total is None else total
+
+
+def _scaled(part: Tensor | None, weight: float) -> Tensor | None:
+    return part if part is None or weight == 1.0 else part * weight
+
+
+def sweep(bound: Bound, call: Call) -> Outcome:
+    """FixedPrediction by its closed form; ZeroDivergence in one sweep."""
+    assert call.objective is not None
+    graph = bound.graph
+    losses, at_outputs = call.objective({name: bound.mu[name] for name in graph.outputs})
+    plan = make_plan(graph, call.dynamics, losses.dtype)
+    updates = LocalUpdates(bound, call.factor)
+    swept = Sweep(bound, plan, True, updates if call.learn else None)
+    swept.run(at_outputs)
+    errors = _Lazy(lambda: full_errors(bound, {name: swept.error(name) for name in swept.components}))
+    everything = [part for components in swept.components.values() for part in components.values() if part.numel()]
+    size = torch.nn.utils.get_total_norm(everything, float("inf")) if everything else losses.sum()
+    energies = _Lazy(partial(_energies, bound, call, plan, swept, losses, at_outputs, _versions(call)))
+    return Outcome(
+        losses=losses,
+        predictions={name: bound.mu[name] for name in graph.outputs},
+        values=lambda: {name: Frozen(bound, errors()).value(name) for name in bound.mu},
+        errors=errors,
+        energy=energies,
+        good=size.isfinite() & losses.sum().isfinite(),
+        complaint=lambda: complaint(call.dynamics, losses.sum()[None], errors(), None),
+        plan=_description(call.dynamics, graph, swept),
+        gradients=updates.gradients(),
+        updates=bound_updates(bound, call),
+        history=_history(bound, call, plan, at_outputs) if call.record else None,
+    )
+
+
+class _Lazy:
+    """A value computed when it is first asked for."""
+
+    def __init__(self, compute: Callable[[], object]):
+        self.compute: Callable[[], object] | None = compute
+
+    def __call__(self):  # type: ignore[no-untyped-def]
+        if self.compute is not None:
+            self.value, self.compute = self.compute(), None
+        return self.value
+
+
+def _description(dynamics: Dynamics, graph: ComputationGraph, swept: Sweep) -> str:
+    count = max(1, len(graph))
+    kind = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else "fixed prediction in closed form"
+    order = ", one time step after the other" if dynamics.nested else ""
+    return f"{kind}{order}: {swept.products} vector-Jacobian products for {len(graph)} vertices ({swept.products / count:.2g} sweeps)"
+
+
+def _versions(call: Call) -> list[int]:
+    return [] if torch.is_inference_mode_enabled() else [call.tensors[name]._version for name in call.trace.parameters]
+
+
+def _energies(bound: Bound, call: Call, plan: Plan, swept: Sweep, losses: Tensor, at_outputs: Tensors, versions: list[int]) -> Tensor:
+    """F at t = 0 .. T. What the sweep merged is taken apart once more, for which the parameters must not have moved."""
+    if call.dynamics.learn_on_arrival:
+        return _energies_on_arrival(bound.graph, swept, losses)
+    if swept.merged or swept.final:
+        if versions != _versions(call):
+            raise RuntimeError(
+                "The energy of this closed form was not computed in its one sweep, and the parameters have moved since. "
+                'Read .energy before the optimizer steps, call infer(x, target).energy, or use solver="iterate".'
+            )
+        swept = _unmerged(bound, plan, at_outputs)
+    return _energies_of(bound.graph, plan, swept, losses)
+
+
+def _unmerged(bound: Bound, plan: Plan, at_outputs: Tensors) -> Sweep:
+    swept = Sweep(bound, plan, False, None)
+    with torch.enable_grad():
+        swept.run(at_outputs)
+    return swept
+
+
+def _energies_of(graph: ComputationGraph, plan: Plan, swept: Sweep, losses: Tensor) -> Tensor:
+    """1/2 sum over pairs of path lengths of c_k(t) c_l(t) <delta_k, delta_l>, plus the loss."""
+    total = losses.sum().repeat(len(plan.rows))
+    c = torch.tensor(plan.rows, dtype=losses.dtype, device=losses.device)
+    for name, components in swept.components.items():
+        if name not in graph.outputs:
+            lengths = list(components)
+            parts = torch.stack([components[k].flatten() for k in lengths]).to(losses.dtype)
+            weights = c[:, lengths]
+            total = total + 0.5 * ((weights @ (parts @ parts.t())) * weights).sum(1)
+    return total
+
+
+def _energies_on_arrival(graph: ComputationGraph, swept: Sweep, losses: Tensor) -> Tensor:
+    energies = [losses.sum()]
+    for distance in range(1, graph.depth + 1):
+        arrived = [swept.error(name) for name in swept.components if graph[name].distance == distance]
+        energies.append(energies[-1] + sum(0.5 * error.square().sum(dtype=losses.dtype) for error in arrived))
+    return torch.stack(energies)
+
+
+def _history(bound: Bound, call: Call, plan: Plan, at_outputs: Tensors) -> list[Snapshot]:
+    swept = _unmerged(bound, plan, at_outputs)
+    history = []
+    for t, row in enumerate(plan.rows):
+        if call.dynamics.learn_on_arrival:
+            errors = {name: swept.error(name) for name in swept.components if bound.graph[name].distance <= t}
+        else:
+            errors = {name: swept.error_at(name, row.__getitem__) for name in swept.components}
+        history.append(Frozen(bound, errors).snapshot(bound.graph))
+    return history

@@ -1,0 +1,96 @@
+"""The feed-forward pass of the reference backend, and the one place where it differentiates a vertex."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pckernels.call import Call
+from pckernels.graph import ComputationGraph, Vertex
+
+
+@dataclass
+class Local:
+    """A vertex's prediction at given values of its parents, with what its Jacobian needs.
+
+    Attributes:
+        vertex: the vertex.
+        mu: its prediction, which remembers how it was computed from `parents` and `weights` and from nothing else.
+        parents: the free parents' values; clamped ones have no Jacobian.
+        taps: (input, output) of the products with a weight.
+    """
+
+    vertex: Vertex
+    mu: Tensor
+    parents: dict[str, Tensor]
+    taps: tuple[tuple[Tensor, Tensor], ...]
+
+
+def vjp(local: Local, error: Tensor, wrt: Sequence[Tensor]) -> list[Tensor | None]:
+    """(d mu / d wrt)^T error, for one vertex alone."""
+    wanted = [tensor for tensor in wrt if tensor.requires_grad] if local.mu.requires_grad else []
+    if not wanted:
+        return [None] * len(wrt)
+    found = iter(torch.autograd.grad(local.mu, wanted, error, retain_graph=True, allow_unused=True))
+    return [next(found) if tensor.requires_grad else None for tensor in wrt]
+
+
+def feedback(local: Local, error: Tensor, parents: Iterable[str]) -> dict[str, Tensor]:
+    """(d mu / d v)^T error for the given parents; a parent that the prediction does not depend on is left out."""
+    names = [name for name in parents if name in local.parents]
+    results = vjp(local, error, [local.parents[name] for name in names])
+    return {name: result for name, result in zip(names, results, strict=True) if result is not None}
+
+
+class Bound:
+    """A graph bound to the tensors of one call: feed-forward predictions `mu`, weights, and what the pass drew or measured."""
+
+    def __init__(self, graph: ComputationGraph, call: Call):
+        self.graph = graph
+        self.names = set(graph.inputs)
+        self.environment: dict[str, object] = dict(call.tensors)
+        self.sources = {name: tensor for name, tensor in call.tensors.items() if name in call.trace.parameters}
+        self.weights: dict[str, Tensor] = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
+        self.mu: dict[str, Tensor] = {}
+        self.locals: dict[str, Local] = {}
+        with torch.enable_grad():
+            for name in graph.schedule:
+                self._compute(name)
+
+    def _compute(self, name: str) -> None:
+        derived = self.graph.derived.get(name)
+        if derived is None:
+            local = self.locals[name] = self.local(self.graph[name], self.mu)
+            self.mu[name] = local.mu.detach()
+        elif derived.kind == "weight":
+            self._compute_weight(name)
+        else:
+            with torch.no_grad():
+                self.environment[name] = derived.compute(*[self._constant(read) for read in derived.reads])
+
+    def _compute_weight(self, name: str) -> None:
+        derived = self.graph.derived[name]
+        value = derived.compute(*[self.sources.get(read, self.environment.get(read)) for read in derived.reads])
+        self.sources[name] = value
+        if isinstance(value, Tensor):
+            self.weights[name] = _leaf(value, value.requires_grad)
+
+    def _constant(self, name: str) -> object:
+        if name in self.mu:
+            return self.mu[name]
+        return self.weights[name] if name in self.weights else self.environment[name]
+
+    def local(self, vertex: Vertex, values: Mapping[str, Tensor]) -> Local:
+        """The vertex's prediction at these values of its parents. Every vertex starts from leaves of its own."""
+        parents = {name: _leaf(values[name], True) for name in vertex.parents if name in self.graph}
+        arguments = [parents[name] if name in parents else self.environment[name] for name in vertex.parents]
+        arguments += [self.weights[name] for name in vertex.weights] + [self.environment[name] for name in vertex.constants]
+        mu, taps = vertex.predict(*arguments)
+        return Local(vertex, mu if vertex.dtype in (None, mu.dtype) else mu.to(vertex.dtype), parents, taps)
+
+
+def _leaf(tensor: Tensor, free: bool) -> Tensor:
+    return tensor.detach().requires_grad_(free)

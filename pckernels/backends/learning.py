@@ -1,0 +1,105 @@
+"""The local update of the reference backend: d F / d theta_i = -(d mu_i / d theta_i)^T eps_i, summed over vertices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pckernels.backends.feedforward import Bound, Local, vjp
+
+
+class LocalUpdates:
+    """Collects what every vertex contributes to its weights, from its own error and its own inputs alone.
+
+    A product x W^T learns by the outer product of its error and its input; those of all vertices that share W are summed
+    in one product at the end. Everything else learns by the vertex's own vector-Jacobian product.
+    """
+
+    def __init__(self, bound: Bound, factor: float | Tensor):
+        self.bound = bound
+        self.factor = -1.0 * factor
+        self.sums: dict[str, Tensor] = {}
+        self.outer: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def wanted(self, local: Local) -> list[Tensor]:
+        """What the vertex must be differentiated for, in order to learn."""
+        return [z if self._learns(names) else z.detach() for names, (_, z) in self._taps(local)] + self._others(local)
+
+    def add(self, local: Local, results: list[Tensor | None], coefficient: float = 1.0) -> None:
+        """Take the vector-Jacobian products of `wanted` with the vertex's error, times `coefficient`."""
+        taps = self._taps(local)
+        for ((weight, bias), (x, _)), error in zip(taps, results, strict=False):
+            if error is not None:
+                self._add_product(weight, bias, x, error * coefficient if coefficient != 1.0 else error)
+        for name, result in zip(local.vertex.weights, results[len(taps) :], strict=True):
+            if result is not None:
+                self._add(name, result * coefficient if coefficient != 1.0 else result)
+
+    def learn(self, local: Local, error: Tensor) -> None:
+        """Let one vertex learn from its error."""
+        self.add(local, vjp(local, error, self.wanted(local)))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Parameter in the graph -> the sum of its local updates, times -factor: the sign of ordinary PyTorch gradients."""
+        found = {name: total * self.factor for name, total in self.sums.items()}
+        columns: dict[object, Tensor] = {}
+        for name, pairs in self.outer.items():
+            errors, inputs = (_joined([pair[k] for pair in pairs], columns) for k in (0, 1))
+            _accumulate(found, name, (errors * self.factor).t() @ inputs)
+        for name, rows in self.rows.items():
+            _accumulate(found, name, _joined(rows, columns).sum(0) * self.factor)
+        return self._through_weight_expressions(found)
+
+    def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, Tensor]]]:
+        return list(zip(local.vertex.taps, local.taps, strict=True))
+
+    def _learns(self, names: tuple[str, str | None]) -> bool:
+        return any(name is not None and self.bound.weights[name].requires_grad for name in names)
+
+    def _others(self, local: Local) -> list[Tensor]:
+        return [self.bound.weights[name] for name in local.vertex.weights]
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _add_product(self, weight: str, bias: str | None, x: Tensor, error: Tensor) -> None:
+        rows = error.reshape(-1, error.shape[-1])
+        if self.bound.weights[weight].requires_grad:
+            self.outer.setdefault(weight, []).append((rows, x.detach().reshape(-1, x.shape[-1])))
+        if bias is not None and self.bound.weights[bias].requires_grad:
+            self.rows.setdefault(bias, []).append(rows)
+
+    def _through_weight_expressions(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What reached functions of parameters (a slice of a weight, a normalised weight), brought to the parameters."""
+        sources = self.bound.sources
+        cast = {name: _like(total, self.bound.weights[name]) for name, total in found.items()}
+        direct = {name: total for name, total in cast.items() if name not in self.bound.graph.derived}
+        behind = [name for name in cast if name not in direct and sources[name].requires_grad]
+        parameters = {name: p for name, p in sources.items() if name not in self.bound.graph.derived and p.requires_grad}
+        if behind and parameters:
+            totals = torch.autograd.grad(
+                [sources[name] for name in behind], list(parameters.values()), [cast[n] for n in behind], allow_unused=True
+            )
+            for name, total in zip(parameters, totals, strict=True):
+                if total is not None:
+                    _accumulate(direct, name, total)
+        return direct
+
+
+def _joined(parts: list[Tensor], known: dict[object, Tensor]) -> Tensor:
+    # Gates share their inputs, weights and biases their errors: each list is joined once.
+    if len(parts) == 1:
+        return parts[0]
+    key = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+    if key not in known:
+        known[key] = torch.cat(parts)
+    return known[key]
+
+
+def _accumulate(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
+    totals[name] = totals[name] + value if name in totals else value
+
+
+def _like(value: Tensor, weight: Tensor) -> Tensor:
+    return value.to(weight.dtype).reshape(weight.shape) if value.dtype != weight.dtype or value.shape != weight.shape else value

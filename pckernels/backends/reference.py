@@ -1,0 +1,247 @@
+"""The reference backend: the equations of predictive coding, in plain PyTorch. The specification of every other backend.
+
+A vertex i has a value v_i, a prediction mu_i = f_i(v_pa(i); theta_i) and an error eps_i = v_i - mu_i. From the feed-forward
+start every hidden error is 0. Errors that have not yet left 0 are absent from the dictionaries below: that skips exactly
+what the light cone proves to be zero, and a prediction is computed anew only when a parent has moved, which hoists the
+predictions whose parents are all clamped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pckernels.backends.closed_form import sweep
+from pckernels.backends.feedforward import Bound, Local, feedback
+from pckernels.backends.learning import LocalUpdates
+from pckernels.backends.results import Frozen, Tensors, diverged, energy, feed_forward_outcome, full_errors, outcome
+from pckernels.call import Call, Objective, Outcome, Snapshot
+from pckernels.errors import Unsupported
+from pckernels.graph import ComputationGraph
+from pckernels.rules import Dynamics
+from pckernels.schedule import sweep_groups, time_groups
+
+
+def run(call: Call) -> Outcome:
+    """Relax, then learn: the whole of one inference."""
+    dynamics, graph = call.dynamics, call.trace.graph
+    if call.objective is None:
+        return feed_forward_outcome(Bound(graph, call), call)
+    with torch.enable_grad():
+        if dynamics.moves == "values":
+            relax = _arrive if dynamics.learn_on_arrival else _relax_values
+            return relax(Bound(graph.levelled() if dynamics.learn_on_arrival else graph, call), call)
+        bound = Bound(graph, call)
+        return sweep(bound, call) if dynamics.closed_form else _relax_errors(bound, call)
+
+
+# One step of predictive coding ----------------------------------------------
+
+
+class State:
+    """Values, predictions and errors of a graph at one moment.
+
+    Values are kept as displacements d_i = v_i - (feed-forward value), so that eps_i = d_i - (mu_i - its feed-forward
+    value) loses no digits near equilibrium.
+    """
+
+    def __init__(self, bound: Bound, objective: Objective):
+        self.bound, self.graph, self.objective = bound, bound.graph, objective
+        self.displacements: Tensors = {}
+        self.locals: dict[str, Local] = dict(bound.locals)
+        self.velocities: Tensors = {}
+        self.losses, self.errors = objective({name: bound.mu[name] for name in self.graph.outputs})
+
+    def value(self, name: str) -> Tensor:
+        """v_i; of an output, which has no free value, its prediction."""
+        if name in self.graph.outputs:
+            return self.locals[name].mu.detach()
+        start = self.bound.mu[name]
+        return start + self.displacements[name] if name in self.displacements else start
+
+    def place(self, values: Mapping[str, Tensor]) -> None:
+        """Put hidden value nodes anywhere, and refresh the predictions and errors that depend on them."""
+        self.displacements.update({name: value - self.bound.mu[name] for name, value in values.items()})
+        self.refresh(values)
+
+    def drives(self, names: Iterable[str]) -> Tensors:
+        """-eps_i + sum over children of (d mu_j / d v_i)^T eps_j, which is -dF/dv_i (precision 1), for each vertex of a group."""
+        wanted = list(names)
+        totals = {name: -self.errors[name] for name in wanted if name in self.errors}
+        for child in dict.fromkeys(child for name in wanted for child in self.graph.children[name] if child in self.errors):
+            for name, part in feedback(self.locals[child], self.errors[child], wanted).items():
+                totals[name] = totals[name] + part if name in totals else part
+        return totals
+
+    def move(self, names: Iterable[str], rate: float, momentum: float, mask: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
+        """Move the vertices of a group at once, then refresh what that changes. Returns the moves."""
+        moves = {}
+        for name, drive in self.drives(names).items():
+            velocity = self.velocities[name] = momentum * self.velocities[name] + drive if momentum and name in self.velocities else drive
+            moves[name] = rate * velocity if mask is None else mask(name, rate * velocity)
+        for name, step in moves.items():
+            self.displacements[name] = self.displacements[name] + step if name in self.displacements else step
+        self.refresh(moves)
+        return moves
+
+    def refresh(self, moved: Iterable[str]) -> None:
+        """Predictions of the moved vertices' children, and the errors of both."""
+        moved = list(moved)
+        children = list(dict.fromkeys(child for name in moved for child in self.graph.children[name]))
+        for name in children:
+            vertex = self.graph[name]
+            self.locals[name] = self.bound.local(vertex, {parent: self.value(parent) for parent in self.graph.free_parents(vertex)})
+        for name in dict.fromkeys([*moved, *children]):
+            if name not in self.graph.outputs:
+                self.errors[name] = self._error(name)
+        if any(name in self.graph.outputs for name in children):
+            self.losses, at_outputs = self.objective({name: self.locals[name].mu.detach() for name in self.graph.outputs})
+            self.errors.update(at_outputs)
+
+    def _error(self, name: str) -> Tensor:
+        change = self.locals[name].mu.detach() - self.bound.mu[name]
+        return self.displacements[name] - change if name in self.displacements else -change
+
+    def energy(self) -> Tensor:
+        """F: half the squared hidden errors, and the loss, summed over the batch."""
+        return energy(self.losses, [error for name, error in self.errors.items() if name not in self.graph.outputs])
+
+    def snapshot(self) -> Snapshot:
+        names = [vertex.name for vertex in self.graph.vertices]
+        return Snapshot({name: self.value(name) for name in names}, full_errors(self.bound, self.errors))
+
+
+# Strict ----------------------------------------------------------------------
+
+
+def _relax_values(bound: Bound, call: Call) -> Outcome:
+    """Gradient descent of F on the values; predictions and Jacobians follow at every step."""
+    dynamics, graph = call.dynamics, bound.graph
+    assert call.objective is not None
+    state = State(bound, call.objective)
+    start = state.losses
+    groups = sweep_groups(graph, dynamics.sweep)
+    resting = Resting(graph, dynamics.tolerance, start) if dynamics.tolerance is not None else None
+    energies, history = [state.energy()], [state.snapshot()] if call.record else None
+    for _ in range(_steps(dynamics, graph)):
+        moves = [state.move(group, dynamics.rate, dynamics.momentum, resting.mask if resting else None) for group in groups]
+        energies.append(state.energy())
+        if history is not None:
+            history.append(state.snapshot())
+        if resting and resting.after(moves):
+            break
+    updates = LocalUpdates(bound, call.factor)
+    if call.learn:
+        for name, error in state.errors.items():
+            updates.learn(state.locals[name], error)
+    trajectory = torch.stack(energies)
+    plan = f"strict dynamics, {dynamics.sweep} sweeps, {len(energies) - 1} steps over {len(graph.hidden)} value nodes"
+    return outcome(bound, call, start, state, trajectory, diverged(trajectory), updates.gradients(), history, plan)
+
+
+def _steps(dynamics: Dynamics, graph: ComputationGraph) -> int:
+    return graph.depth if dynamics.steps is None else dynamics.steps
+
+
+class Resting:
+    """Which samples still move: a sample rests after the first step in which none of its entries moved by more than the tolerance."""
+
+    def __init__(self, graph: ComputationGraph, tolerance: float, losses: Tensor):
+        folded = [vertex.name for vertex in graph.hidden if vertex.batch_axis is None]
+        if folded:
+            raise Unsupported(
+                f"tolerance= stops each sample by itself, but {folded[0]!r} folds samples into another axis. Leave tolerance out."
+            )
+        self.axes = {vertex.name: vertex.batch_axis or 0 for vertex in graph.hidden}
+        self.tolerance = tolerance
+        self.moving = torch.ones_like(losses, dtype=torch.bool)
+
+    def mask(self, name: str, step: Tensor) -> Tensor:
+        """The step with 0 for the samples that rest."""
+        shape = [-1 if axis == self.axes[name] else 1 for axis in range(step.dim())]
+        return torch.where(self.moving.view(shape), step, 0.0)
+
+    def after(self, moves: Iterable[Tensors]) -> bool:
+        """Let samples rest after a step; True when all do."""
+        moved = torch.zeros_like(self.moving)
+        for group in moves:
+            for name, step in group.items():
+                rows = step.movedim(self.axes[name], 0).flatten(1) if step.dim() > 1 else step[:, None]
+                moved |= (rows.abs() > self.tolerance).any(1)
+        self.moving &= moved
+        return not bool(self.moving.any())
+
+
+# Zero divergence, literally ----------------------------------------------------
+
+
+def _arrive(bound: Bound, call: Call) -> Outcome:
+    """Strict dynamics at rate 1 on the levelled graph; a vertex at distance d learns after d updates, from its fresh error."""
+    assert call.objective is not None
+    state = State(bound, call.objective)
+    start = state.losses
+    graph, original = bound.graph, call.trace.graph
+    updates = LocalUpdates(bound, call.factor)
+    learned: Tensors = {}
+    energies: list[Tensor] = []
+    history: list[Snapshot] | None = [] if call.record else None
+    for step in range(graph.depth + 1):
+        if step > 0:
+            state.move([vertex.name for vertex in graph.hidden], call.dynamics.rate, 0.0)
+        for vertex in graph.vertices:
+            if vertex.distance == step and vertex.name in state.errors:
+                learned[vertex.name] = state.errors[vertex.name]
+                if call.learn:
+                    updates.learn(state.locals[vertex.name], state.errors[vertex.name])
+        energies.append(energy(start, [error for name, error in learned.items() if name in original and name not in graph.outputs]))
+        if history is not None:
+            history.append(Frozen(bound, dict(learned)).snapshot(original))
+    plan = f"literal zero-divergence dynamics, {graph.depth} steps, {len(graph) - len(original)} identity vertices"
+    return outcome(bound, call, start, Frozen(bound, learned), torch.stack(energies), None, updates.gradients(), history, plan)
+
+
+# Fixed prediction, step by step ------------------------------------------------
+
+
+def _step(frozen: Frozen, names: list[str], rate: float) -> None:
+    """eps_i <- (1 - rate) eps_i + rate * sum over children of J_j^T eps_j, all at once."""
+    bound, errors = frozen.bound, frozen.errors
+    new = {name: (1.0 - rate) * errors[name] for name in names if name in errors}
+    for child in dict.fromkeys(child for name in names for child in bound.graph.children[name] if child in errors):
+        for name, part in feedback(bound.locals[child], errors[child], names).items():
+            new[name] = new[name] + rate * part if name in new else rate * part
+    errors.update(new)
+
+
+def _relax_errors(bound: Bound, call: Call) -> Outcome:
+    dynamics, graph = call.dynamics, bound.graph
+    assert call.objective is not None
+    losses, errors = call.objective({name: bound.mu[name] for name in graph.outputs})
+    frozen = Frozen(bound, errors)
+    steps = _steps(dynamics, graph)
+    squares = [losses.sum() for _ in range(steps + 1)]
+    states: list[Tensors] = [dict(errors) for _ in range(steps + 1)]
+    for group in error_groups(graph, dynamics):
+        for t in range(1, steps + 1):
+            _step(frozen, group, dynamics.rate)
+            squares[t] = energy(squares[t], [frozen.errors[name] for name in group if name in frozen.errors])
+            if call.record:
+                states[t].update({name: frozen.errors[name] for name in group if name in frozen.errors})
+    updates = LocalUpdates(bound, call.factor)
+    if call.learn:
+        for name, error in frozen.errors.items():
+            updates.learn(bound.locals[name], error)
+    history = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
+    order = "one time step after the other, " if dynamics.nested else ""
+    plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes"
+    return outcome(bound, call, losses, frozen, torch.stack(squares), None, updates.gradients(), history, plan)
+
+
+def error_groups(graph: ComputationGraph, dynamics: Dynamics) -> list[list[str]]:
+    """The hidden vertices that relax together: all, or in nested order those of one time step, the last first."""
+    if not dynamics.nested:
+        return [[vertex.name for vertex in graph.hidden]]
+    times = time_groups(graph)
+    return [[v.name for v in graph.hidden if times[v.name] == time] for time in sorted(set(times.values()), reverse=True)]

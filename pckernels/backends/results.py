@@ -1,0 +1,125 @@
+"""Energies, and what a backend hands back: shared by the solvers of the reference backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pckernels.backends.feedforward import Bound
+from pckernels.call import Call, Outcome, Snapshot
+from pckernels.graph import ComputationGraph
+from pckernels.rules import Dynamics
+
+Tensors = dict[str, Tensor]
+
+
+class Relaxed(Protocol):
+    """A state of values and errors. An error that never left zero may be absent."""
+
+    errors: Tensors
+
+    def value(self, name: str) -> Tensor: ...
+
+
+def energy(losses: Tensor, errors: Iterable[Tensor]) -> Tensor:
+    """F = sum of 1/2 ||eps_i||^2 over hidden vertices (precision 1), plus the loss, over the whole batch."""
+    total = losses.sum()
+    for error in errors:
+        total = total + 0.5 * error.square().sum(dtype=losses.dtype)
+    return total
+
+
+def full_errors(bound: Bound, errors: Mapping[str, Tensor]) -> Tensors:
+    """Every vertex's error, with zeros where it has not left zero."""
+    return {v.name: errors[v.name] if v.name in errors else torch.zeros_like(bound.mu[v.name]) for v in bound.graph.vertices}
+
+
+class Frozen:
+    """Errors over the predictions of the feed-forward pass."""
+
+    def __init__(self, bound: Bound, errors: Tensors):
+        self.bound, self.errors = bound, errors
+
+    def value(self, name: str) -> Tensor:
+        """v_i = mu_i + eps_i; of an output its prediction."""
+        mu = self.bound.mu[name]
+        return mu + self.errors[name] if name in self.errors and name not in self.bound.graph.outputs else mu
+
+    def snapshot(self, graph: ComputationGraph) -> Snapshot:
+        """Values and errors of a graph's vertices."""
+        names = [vertex.name for vertex in graph.vertices]
+        errors = full_errors(self.bound, self.errors)
+        return Snapshot({name: self.value(name) for name in names}, {name: errors[name] for name in names})
+
+
+def feed_forward_outcome(bound: Bound, call: Call) -> Outcome:
+    frozen = Frozen(bound, {})
+    nothing = torch.stack([mu.isfinite().all() for mu in bound.mu.values()]).all() if bound.mu else torch.tensor(True)
+    return Outcome(
+        losses=None,
+        predictions={name: bound.mu[name] for name in bound.graph.outputs},
+        values=lambda: dict(bound.mu),
+        errors=lambda: full_errors(bound, frozen.errors),
+        energy=lambda: torch.zeros(1),
+        good=nothing,
+        complaint=lambda: "The feed-forward pass is not finite. Look for NaN or infinity in the inputs and the parameters.",
+        plan="feed-forward pass, no target",
+        updates=bound_updates(bound, call),
+    )
+
+
+def outcome(
+    bound: Bound,
+    call: Call,
+    losses: Tensor,
+    state: Relaxed,
+    energies: Tensor,
+    divergence: Tensor | None,
+    gradients: Tensors,
+    history: list[Snapshot] | None,
+    plan: str,
+) -> Outcome:
+    good = energies.isfinite().all() if divergence is None else energies.isfinite().all() & ~divergence.any()
+    return Outcome(
+        losses=losses,
+        predictions={name: bound.mu[name] for name in bound.graph.outputs},
+        values=lambda: {vertex.name: state.value(vertex.name) for vertex in call.trace.graph.vertices},
+        errors=lambda: {name: error for name, error in full_errors(bound, state.errors).items() if name in call.trace.graph},
+        energy=lambda: energies,
+        good=good,
+        complaint=partial(complaint, call.dynamics, energies, state.errors, divergence),
+        plan=plan,
+        gradients=gradients,
+        updates=bound_updates(bound, call),
+        history=history,
+    )
+
+
+def bound_updates(bound: Bound, call: Call) -> Tensors:
+    """Buffers that the feed-forward pass moves, as BatchNorm's running statistics."""
+    return {name: bound.environment[key] for name, key in call.trace.updates.items()}  # type: ignore[misc]
+
+
+def diverged(energies: Tensor) -> Tensor:
+    """(steps + 1,), where |F| > 1e3 (|F_0| + 1) after growing for 10 steps."""
+    size = energies.abs()
+    growing = torch.zeros_like(size, dtype=torch.bool)
+    if len(size) > 10:
+        grew = (size[1:] > size[:-1]).unfold(0, 10, 1).all(1)
+        growing[10:] = grew
+    return growing & (size > 1e3 * (size[0] + 1.0))
+
+
+def complaint(dynamics: Dynamics, energies: Tensor, errors: Mapping[str, Tensor], divergence: Tensor | None) -> str:
+    """In words: which step, which vertex, and what to do."""
+    bad = ~energies.isfinite() if divergence is None else ~energies.isfinite() | divergence
+    step = int(bad.nonzero()[0]) if bad.any() else len(energies) - 1
+    sizes = {name: float(error.abs().max()) for name, error in errors.items() if error.numel()}
+    worst = max(sizes, key=lambda name: float("inf") if sizes[name] != sizes[name] else sizes[name], default="output")
+    if step == 0:
+        return f"The energy is not finite in the feed-forward pass (at {worst!r}). Look for NaN or infinity in the inputs, targets and parameters."
+    return f"Inference diverged at step {step}, the largest error at {worst!r}. Use a smaller rate than {dynamics.rate:g}."

@@ -1,0 +1,75 @@
+"""What goes into a backend and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pckernels.graph import Trace
+from pckernels.rules import Dynamics
+
+# Predictions of the output vertices -> loss of each sample (B,), and each output's error -dL/dmu with L summed over the batch.
+Objective = Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One inference: a traced graph bound to live tensors.
+
+    Attributes:
+        trace: the graph and its ties to the module.
+        tensors: every parameter, buffer, constant and argument by its name in the graph.
+        objective: the loss, or None where there is no target: then values are those of the feed-forward pass.
+        dynamics: the rule, as data.
+        learn: whether the local updates are wanted.
+        record: whether values and errors are kept at every step.
+        factor: what the local updates are multiplied by: reduction and loss scale.
+    """
+
+    trace: Trace
+    tensors: Mapping[str, Tensor]
+    objective: Objective | None
+    dynamics: Dynamics
+    learn: bool
+    record: bool
+    factor: float | Tensor
+
+
+@dataclass
+class Snapshot:
+    """Values and errors of every vertex at one step."""
+
+    values: dict[str, Tensor]
+    errors: dict[str, Tensor]
+
+
+@dataclass
+class Outcome:
+    """What an inference found. Callables are evaluated when they are first asked for.
+
+    Attributes:
+        losses: (B,), the feed-forward loss of each sample.
+        predictions: the output vertices' feed-forward predictions.
+        gradients: parameter in the graph -> dF/dtheta times the call's factor.
+        updates: buffer -> its value after the call.
+        values, errors: vertex -> tensor, after the last step.
+        energy: (steps + 1,), batch sums of F.
+        history: with record, the state at t = 0 .. T.
+        good: on the device, whether everything is finite and nothing diverged.
+        complaint: in words, what is wrong where `good` is False.
+        plan: what ran, and why.
+    """
+
+    losses: Tensor | None
+    predictions: dict[str, Tensor]
+    values: Callable[[], dict[str, Tensor]]
+    errors: Callable[[], dict[str, Tensor]]
+    energy: Callable[[], Tensor]
+    good: Tensor
+    complaint: Callable[[], str]
+    plan: str
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    updates: dict[str, Tensor] = field(default_factory=dict)
+    history: list[Snapshot] | None = None

@@ -1,0 +1,26 @@
+"""c_k(T): how much of backprop's delta fixed prediction has delivered at distance k after T steps.
+
+From a feed-forward start with Jacobi steps and one rate, the error of a vertex at distance k on a chain is exactly
+c_k(T) * delta, with c_k(T) = P(Binomial(T, rate) >= k). The recursion is used in place of the binomial sum, which
+cancels badly for rate > 1.
+"""
+
+
+def coefficients(steps: int, rate: float, longest: int) -> list[float]:
+    """c_0(T) .. c_longest(T) after T = `steps` steps."""
+    return trajectory(steps, rate, longest)[-1]
+
+
+def trajectory(steps: int, rate: float, longest: int) -> list[list[float]]:
+    """The rows [c_0(t) .. c_longest(t)] for t = 0 .. T: c_k(t+1) = (1 - rate) c_k(t) + rate c_{k-1}(t)."""
+    row = [1.0] + [0.0] * longest
+    rows = [row]
+    for _ in range(steps):
+        row = [1.0] + [(1.0 - rate) * row[k] + rate * row[k - 1] for k in range(1, longest + 1)]
+        rows.append(row)
+    return rows
+
+
+def largest(steps: int, rate: float, longest: int) -> float:
+    """m = max(1, max over t <= T and k of |c_k(t)|), the growth that bounds rounding for rate > 1."""
+    return max(1.0, max(abs(c) for row in trajectory(steps, rate, longest) for c in row))

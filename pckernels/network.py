@@ -1,0 +1,389 @@
+"""PCNetwork: any PyTorch module, trained by predictive coding; and Inference, what one call found."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pckernels import dispatch
+from pckernels.call import Call, Outcome, Snapshot
+from pckernels.deposit import deposit
+from pckernels.errors import InferenceDiverged
+from pckernels.graph import ComputationGraph, Trace, trace
+from pckernels.losses import Loss, check_loss
+from pckernels.objective import Objective
+from pckernels.placement import check_value_nodes
+from pckernels.rules import Rule
+
+_TRACES = 16  # per network; a new training mode, dtype, device or sequence length takes one
+_MISSING = object()
+
+
+class PCNetwork(nn.Module):
+    """A PyTorch module that learns by predictive coding. It has the module's own parameters and state_dict keys.
+
+    Args:
+        module: any nn.Module that torch.export can capture.
+        rule: Strict, FixedPrediction or ZeroDivergence.
+        loss: "squared_error" (1/2 sum over features), "cross_entropy" (logits with classes last, int64 targets, -100
+            ignored, summed over positions), or f(output, target) -> (B,); per sample, batch first.
+        reduction: "mean" divides `.grad` and `inference.loss` by the batch size alone, "sum" leaves them.
+        value_nodes: "layer", "op", or names of submodules (see placement.py).
+        batch_dim: where the batch lies in the inputs; in an output it is found by itself.
+        backend: "auto" or one of `pckernels.backends()`.
+        check: "sync" reads one device flag at the end of a call and raises at once; "deferred" never waits for the device:
+            it adds nothing where the flag is bad, and raises when `.energy` or `.loss` is read.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value.
+        Unsupported: the backend is not available.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rule: Rule,
+        loss: Loss = "squared_error",
+        reduction: str = "mean",
+        value_nodes: str | Sequence[str] = "layer",
+        batch_dim: int = 0,
+        backend: str = "auto",
+        check: str = "sync",
+    ):
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be an nn.Module; got {type(module).__name__}.")
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a rule such as pckernels.Strict(steps=20, rate=0.1); got {type(rule).__name__}.")
+        check_loss(loss)
+        _check_choice("reduction", reduction, ("mean", "sum"))
+        _check_choice("check", check, ("sync", "deferred"))
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
+            raise TypeError(f"batch_dim must be an int; got {type(batch_dim).__name__}.")
+        if batch_dim < 0:
+            raise ValueError(f"batch_dim must be 0 or more; got {batch_dim}.")
+        dispatch.check_backend(backend)
+        inner = _unwrapped(module)
+        check_value_nodes(value_nodes, [name for name, _ in inner.named_modules()])
+        self._adopt(module)
+        self.rule, self.loss, self.reduction = rule, loss, reduction
+        self.value_nodes = value_nodes if isinstance(value_nodes, str) else tuple(value_nodes)
+        self.batch_dim, self.backend, self.check = batch_dim, backend, check
+        self._traces: OrderedDict[Any, Trace] = OrderedDict()
+
+    def _adopt(self, module: nn.Module) -> None:
+        # Sharing the registries gives this network the module's own parameters and state_dict keys, without a prefix.
+        inner = _unwrapped(module)
+        self.__dict__["module"] = module
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[registry] = inner.__dict__[registry]
+        self.__dict__["training"] = module.training
+
+    def train(self, mode: bool = True) -> PCNetwork:
+        """Set the training mode of the network and its module."""
+        self.module.train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward: it records gradients and moves running statistics as any forward does."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, *args: Any, target: Any = _MISSING, scale: float | Tensor = 1.0, **kwargs: Any) -> Inference:
+        """Relax for T steps, then add the local updates to `.grad` of the module's parameters: backward(x, target).
+
+        Args:
+            args: the module's inputs, and the target as the last one unless `target=` is given.
+            target: structured as the module's output; None in place of an output that carries no loss.
+            scale: multiplies what goes into `.grad`, as GradScaler.get_scale().
+            kwargs: keyword inputs of the module.
+
+        Raises:
+            ValueError, TypeError: inputs, target or scale of the wrong shape, type, dtype, range or structure.
+            InferenceDiverged: a value is not finite, or the energy grew without bound (with check="sync").
+            Unsupported: the module cannot be traced, or the rule does not apply to it.
+            Whatever is raised, `.grad`, parameters and buffers are as they were.
+        """
+        inputs, target = _with_target(args, target, "backward")
+        _check_scale(scale)
+        return self._run(inputs, kwargs, target, scale, learn=True, record=False)
+
+    def step(
+        self, *args: Any, target: Any = _MISSING, optimizer: torch.optim.Optimizer | None = None, scale: float | Tensor = 1.0, **kwargs: Any
+    ) -> Inference:
+        """zero_grad, backward, optimizer.step: step(x, target, optimizer)."""
+        if optimizer is None and args and isinstance(args[-1], torch.optim.Optimizer):
+            *rest, optimizer = args
+            args = tuple(rest)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError("step needs an optimizer over the module's parameters: step(x, target, optimizer).")
+        inputs, target = _with_target(args, target, "step")
+        _check_scale(scale)
+        inference = self._run(inputs, kwargs, target, scale, learn=True, record=False, optimizer=optimizer)
+        optimizer.step()
+        return inference
+
+    def infer(self, *args: Any, target: Any = _MISSING, record: bool = False, **kwargs: Any) -> Inference:
+        """As `backward`, without touching `.grad`; without a target, the feed-forward values.
+
+        The last positional argument is the target when there are more of them than forward requires; say target=None to
+        pass optional inputs by position without a target.
+        """
+        if target is _MISSING:
+            required = max(1, _required(_unwrapped(self.module)))
+            inputs, target = (args[:-1], args[-1]) if len(args) > required else (args, None)
+        else:
+            inputs = args
+        return self._run(inputs, kwargs, target, 1.0, learn=False, record=record)
+
+    def trace(self, *args: Any, **kwargs: Any) -> ComputationGraph:
+        """The computation graph for these inputs in the present training mode, from the cache or traced anew."""
+        return self._trace(args, kwargs).graph
+
+    @property
+    def graph(self) -> ComputationGraph:
+        """The graph of the latest call. Raises RuntimeError before the first."""
+        if not self._traces:
+            raise RuntimeError("The network has no graph before its first call. Call trace(x) with an example input.")
+        return self._traces[next(reversed(self._traces))].graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_traces": OrderedDict()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PCNetwork:
+        import copy
+
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return clone
+
+    def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        module = _unwrapped(self.module)
+        check_inputs(module, args, kwargs, self.batch_dim)
+        key = _trace_key(module, args, kwargs, self.batch_dim, self.rule.exact)
+        found = self._traces.get(key) or self._traces.get((key, _size(args, kwargs, self.batch_dim)))
+        if found is None:
+            found = trace(module, *args, value_nodes=self.value_nodes, batch_dim=self.batch_dim, live_statistics=self.rule.exact, **kwargs)
+            key = key if found.batched else (key, _size(args, kwargs, self.batch_dim))
+            self._traces[key] = found
+            if len(self._traces) > _TRACES:
+                self._traces.popitem(last=False)
+        else:
+            self._traces.move_to_end(key if key in self._traces else (key, _size(args, kwargs, self.batch_dim)))
+        return found
+
+    def _run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: Any,
+        scale: float | Tensor,
+        learn: bool,
+        record: bool,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Inference:
+        name, run = dispatch.choose(self.backend)
+        module = _unwrapped(self.module)
+        with torch.inference_mode(False):
+            traced = self._trace(args, kwargs)
+            size = _size(args, kwargs, self.batch_dim)
+            objective = None if target is None else Objective(self.loss, traced, target, size, self.check == "sync")
+            count = size or 1
+            factor = scale / count if self.reduction == "mean" else scale
+            call = Call(traced, _tensors(traced, module, args, kwargs), objective, self.rule.dynamics, learn, record, factor)
+            outcome = run(call)
+            self._check(outcome)
+            if optimizer is not None:
+                optimizer.zero_grad()
+            self._commit(module, traced, outcome)
+        return Inference(outcome, name, objective, count if self.reduction == "mean" else 1, self.check)
+
+    def _check(self, outcome: Outcome) -> None:
+        if self.check == "sync" and not bool(outcome.good):
+            raise InferenceDiverged(outcome.complaint())
+
+    def _commit(self, module: nn.Module, traced: Trace, outcome: Outcome) -> None:
+        """Everything that a call changes: nothing before this has touched the module."""
+        good = None if self.check == "sync" else outcome.good
+        gradients = {traced.parameters[name]: gradient for name, gradient in outcome.gradients.items()}
+        deposit(self.module, [(module.get_parameter(name), gradient) for name, gradient in gradients.items()], good)
+        with torch.no_grad():
+            for name, value in outcome.updates.items():
+                buffer = module.get_buffer(name)
+                buffer.copy_(value if good is None else torch.where(good, value, buffer))
+
+
+class Inference:
+    """What one call of PCNetwork found.
+
+    Attributes:
+        backend: what ran. plan: how, and why.
+        history: with record=True, `.values` and `.errors` at every step t = 0 .. T; otherwise None.
+    """
+
+    def __init__(self, outcome: Outcome, backend: str, objective: Objective | None, divisor: int, check: str):
+        self._outcome, self._objective, self._divisor, self._check = outcome, objective, divisor, check
+        self.backend, self.plan = backend, outcome.plan
+        self._values: dict[str, Tensor] | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """The feed-forward loss, reduced as the network reduces. A scalar."""
+        if self._outcome.losses is None:
+            raise RuntimeError("There is no loss without a target. Call infer(x, target).")
+        self._raise_deferred()
+        return self._outcome.losses.sum() / self._divisor
+
+    @property
+    def energy(self) -> Tensor:
+        """(steps + 1,): F at t = 0 .. T, summed over the batch."""
+        if self._outcome.losses is None:
+            raise RuntimeError("There is no energy without a target. Call infer(x, target).")
+        self._raise_deferred()
+        return self._outcome.energy()
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Vertex -> its value node; of an output the target (squared error) or its prediction."""
+        if self._values is None:
+            self._values = self._clamped(self._outcome.values())
+        return self._values
+
+    @property
+    def errors(self) -> dict[str, Tensor]:
+        """Vertex -> its error; of an output -dloss/dprediction, with the loss summed over the batch."""
+        return self._outcome.errors()
+
+    @property
+    def history(self) -> list[Snapshot] | None:
+        history = self._outcome.history
+        return None if history is None else [Snapshot(self._clamped(moment.values), moment.errors) for moment in history]
+
+    def _clamped(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**values, **(self._objective.clamped if self._objective is not None else {})}
+
+    def _raise_deferred(self) -> None:
+        if self._check == "deferred" and not bool(self._outcome.good):
+            raise InferenceDiverged(self._outcome.complaint() + " Nothing was added to .grad.")
+
+    def __repr__(self) -> str:
+        return f"Inference(backend={self.backend!r}, plan={self.plan!r})"
+
+
+# Checking and binding arguments -----------------------------------------------
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str; got {type(value).__name__}.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
+def _check_scale(scale: Any) -> None:
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ValueError(
+                f"scale must be a number or a floating-point tensor with one element; got shape {tuple(scale.shape)}, {scale.dtype}."
+            )
+    elif isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or a tensor with one element; got {type(scale).__name__}.")
+    elif scale != scale or scale in (float("inf"), float("-inf")):
+        raise ValueError(f"scale must be finite; got {scale}.")
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
+def _with_target(args: tuple[Any, ...], target: Any, method: str) -> tuple[tuple[Any, ...], Any]:
+    if target is _MISSING:
+        if len(args) < 2:
+            raise TypeError(f"{method} needs inputs and a target: {method}(x, target) or {method}(x, target=target).")
+        args, target = args[:-1], args[-1]
+    if target is None:
+        raise TypeError(f"{method} needs a target; infer(x) gives the feed-forward values without one.")
+    return args, target
+
+
+def _required(module: nn.Module) -> int:
+    """How many positional arguments the module's forward cannot do without."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dim: int) -> None:
+    """Raise unless the arguments fit the module's signature, device and dtype, and agree on the batch size."""
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{type(module).__name__}.forward cannot take these inputs: {error}.") from None
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise TypeError(f"{type(module).__name__} needs at least one tensor as input.")
+    if all(tensor.dim() <= batch_dim for tensor in tensors):
+        raise ValueError(f"No input has a dimension {batch_dim} for the batch; give inputs with a batch, or another batch_dim.")
+    _check_against_parameters(module, tensors)
+
+
+def _check_against_parameters(module: nn.Module, tensors: Sequence[Tensor]) -> None:
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        return
+    for tensor in tensors:
+        if tensor.device != parameter.device:
+            raise ValueError(f"An input is on {tensor.device}, the module on {parameter.device}. Move one with .to(device).")
+        if tensor.is_complex():
+            raise TypeError("Complex inputs are not supported; pass real and imaginary parts as two inputs.")
+        if tensor.is_sparse:
+            raise TypeError("Sparse inputs are not supported; pass x.to_dense().")
+
+
+Key = Callable[..., Any]
+
+
+def _trace_key(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dim: int, live: bool) -> Any:
+    size = _size(args, kwargs, batch_dim)
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    arguments = tuple(_leaf_key(leaf, batch_dim, size) for leaf in leaves)
+    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in module.parameters())
+    return (spec, arguments, parameters, tuple((type(m), m.training) for m in module.modules()), live)
+
+
+def _leaf_key(leaf: Any, batch_dim: int, size: int | None) -> Any:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    shape = list(leaf.shape)
+    if len(shape) > batch_dim and shape[batch_dim] == size:
+        shape[batch_dim] = -1
+    return (*shape, leaf.dtype, leaf.device)
+
+
+def _size(args: Any, kwargs: Any, batch_dim: int) -> int | None:
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
+            return leaf.shape[batch_dim]
+    return None
+
+
+def _tensors(traced: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Everything that the graph reads, by its name in the graph."""
+    tensors: dict[str, Tensor] = {key: module.get_parameter(name) for key, name in traced.parameters.items()}
+    tensors.update({key: module.get_buffer(name) for key, name in traced.buffers.items()})
+    tensors.update(traced.tensors)
+    for key, leaf in zip(traced.inputs, pytree.tree_leaves((args, dict(kwargs))), strict=True):
+        if key is not None:
+            tensors[key] = _clamped(leaf)
+    return tensors
+
+
+def _clamped(leaf: Tensor) -> Tensor:
+    return leaf.clone() if leaf.is_inference() else leaf.detach()

@@ -1,0 +1,99 @@
+"""The loss of one call at the output vertices: target checked and matched to the outputs by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pckernels.graph import Trace
+from pckernels.losses import Loss, check_classes, check_target, losses_and_errors
+
+
+class Objective:
+    """Predictions of the output vertices -> the loss of each sample (B,), and each output's error -dL/dmu.
+
+    L is the loss summed over the batch. Outputs whose target is None carry no loss and have no error.
+    """
+
+    def __init__(self, loss: Loss, traced: Trace, target: Any, size: int | None, check_values: bool):
+        self.loss, self.trace, self.target = loss, traced, _clamp(target)
+        if isinstance(loss, str):
+            self.targets = _matched(traced, self.target)
+            for name, leaf in self.targets.items():
+                self._check(loss, name, leaf, size, check_values)
+
+    def _check(self, loss: str, name: str, target: Any, size: int | None, check_values: bool) -> None:
+        vertex = self.trace.graph[name]
+        shape = self.trace.output_shape(name, size)
+        if loss == "cross_entropy" and not shape:
+            raise ValueError(f"cross_entropy needs logits with the classes last; {name!r} has no dimension.")
+        check_target(loss, shape, vertex.dtype or torch.float32, target, name)
+        if loss == "cross_entropy" and check_values:
+            check_classes(shape[-1], target, name)
+
+    @property
+    def clamped(self) -> dict[str, Tensor]:
+        """The values of outputs that the target clamps: those of the squared error."""
+        return dict(self.targets) if self.loss == "squared_error" else {}
+
+    def __call__(self, mu: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._named(mu) if isinstance(self.loss, str) else self._custom(mu)
+
+    def _named(self, mu: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(self.loss, str)
+        total: Tensor | None = None
+        errors = {}
+        for name, target in self.targets.items():
+            losses, errors[name] = losses_and_errors(self.loss, mu[name], target, self.trace.graph[name].batch_axis or 0)
+            total = losses if total is None else total + losses
+        assert total is not None
+        return total, errors
+
+    def _custom(self, mu: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = {name: value.detach().requires_grad_() for name, value in mu.items()}
+        results = [leaves[where] if kind == "vertex" else where if kind == "constant" else None for kind, where in self.trace.results]
+        with torch.enable_grad():
+            losses = self.loss(pytree.tree_unflatten(results, self.trace.output_spec), self.target)  # type: ignore[operator]
+            _check_losses(losses)
+            gradients = (
+                torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+                if losses.requires_grad
+                else [None] * len(leaves)
+            )
+        return losses.detach(), {name: -gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+
+
+def _check_losses(losses: Any) -> None:
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"The loss function must return a tensor (B,); got {type(losses).__name__}.")
+    if losses.dim() != 1 or not losses.is_floating_point():
+        raise ValueError(
+            f"The loss function must return one floating-point loss for each sample, (B,); got shape {tuple(losses.shape)}, {losses.dtype}."
+        )
+
+
+def _matched(traced: Trace, target: Any) -> dict[str, Any]:
+    """Output vertex -> its target."""
+    try:
+        leaves = traced.output_spec.flatten_up_to(target)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"The target must be structured as the module's output: {error}") from None
+    found = {}
+    for (kind, name), leaf in zip(traced.results, leaves, strict=True):
+        if kind == "vertex" and leaf is not None:
+            found[name] = leaf
+        elif kind != "vertex" and isinstance(leaf, Tensor):
+            raise ValueError("The target has a tensor where the module's output carries no gradient; give None there.")
+    if not found:
+        raise ValueError("The target is None for every output; give a target for at least one.")
+    return found
+
+
+def _clamp(target: Any) -> Any:
+    return pytree.tree_map(
+        lambda leaf: (leaf.clone() if leaf.is_inference() else leaf.detach()) if isinstance(leaf, Tensor) else leaf, target
+    )

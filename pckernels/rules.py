@@ -1,0 +1,189 @@
+"""The learning rules, as data: no tensors here, and no code that runs them (design: a rule reaches a backend as data)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+SWEEPS = ("jacobi", "top_down", "red_black")
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """What a backend needs to know of a rule; backends know no rule by name.
+
+    Attributes:
+        moves: "values" (predictions follow the moving values) or "errors" (predictions stay at the feed-forward pass).
+        steps: T, or None for the depth of the graph.
+        rate, momentum, sweep, tolerance: as in Strict.
+        closed_form: give the T-step errors by backward sweeps in place of the steps.
+        nested: relax one time step after the other, from the last to the first.
+        learn_on_arrival: on the levelled graph, a vertex learns after as many updates as its distance, not after T.
+    """
+
+    moves: str
+    steps: int | None
+    rate: float
+    momentum: float = 0.0
+    sweep: str = "jacobi"
+    tolerance: float | None = None
+    closed_form: bool = False
+    nested: bool = False
+    learn_on_arrival: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to relax the value nodes of a network before its weights learn.
+
+    `exact` says which family a rule belongs to. Exact rules carry errors from the feed-forward pass to backprop's
+    gradient; there BatchNorm uses live batch statistics with their full Jacobian, as backprop does. The other rules
+    descend the energy F, and hold every statistic of the feed-forward pass constant.
+    """
+
+    exact: ClassVar[bool]
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """The rule as a backend sees it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Strict(Rule):
+    """Gradient descent of the energy F on the value nodes, predictions recomputed at every step.
+
+    Args:
+        steps: T, the number of inference steps; 0 leaves the feed-forward values.
+        rate: step size of the value nodes, > 0.
+        momentum: in [0, 1); velocity <- momentum * velocity + drive.
+        sweep: "jacobi" moves every node at once; "top_down" moves distance 1, 2, .. in turn; "red_black" the odd
+            distances, then the even. One step is one full sweep.
+        tolerance: a sample rests after the first step in which no entry of its value nodes moved by more than this
+            (absolute, in the units of the values); the steps end when all samples rest. None runs all steps.
+
+    Source: Rao & Ballard 1999; Whittington & Bogacz 2017; "Strict" after Rosenbaum 2022 (arXiv 2106.13082).
+    """
+
+    exact: ClassVar[bool] = False
+
+    steps: int
+    rate: float
+    momentum: float = 0.0
+    sweep: str = "jacobi"
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        require_steps(self.steps)
+        require_number("rate", self.rate, above=0.0)
+        require_number("momentum", self.momentum, at_least=0.0, below=1.0)
+        require_choice("sweep", self.sweep, SWEEPS)
+        if self.tolerance is not None:
+            require_number("tolerance", self.tolerance, above=0.0)
+
+    @property
+    def dynamics(self) -> Dynamics:
+        return Dynamics("values", self.steps, self.rate, self.momentum, self.sweep, self.tolerance)
+
+
+@dataclass(frozen=True)
+class FixedPrediction(Rule):
+    """Errors relax while predictions and Jacobians stay at the feed-forward pass (the fixed-prediction assumption).
+
+    Args:
+        steps: T, the number of inference steps.
+        rate: in (0, 2), where the errors converge to backprop's deltas; at 1 with steps >= depth they equal them.
+        solver: "closed_form" gives the T-step errors from backward sweeps; "iterate" runs the T steps.
+        order: "global" relaxes the whole graph at once; "nested" one time step of a recurrent graph after the other,
+            from the last to the first.
+
+    Source: Millidge, Tschantz & Buckley 2020 (arXiv 2006.04182).
+    """
+
+    exact: ClassVar[bool] = True
+
+    steps: int
+    rate: float
+    solver: str = "closed_form"
+    order: str = "global"
+
+    def __post_init__(self) -> None:
+        require_steps(self.steps)
+        require_fixed_prediction_rate(self.rate)
+        require_choice("solver", self.solver, ("closed_form", "iterate"))
+        require_choice("order", self.order, ("global", "nested"))
+
+    @property
+    def dynamics(self) -> Dynamics:
+        return Dynamics("errors", self.steps, self.rate, closed_form=self.solver == "closed_form", nested=self.order == "nested")
+
+
+@dataclass(frozen=True)
+class ZeroDivergence(Rule):
+    """Strict dynamics at rate 1 on the levelled graph; a vertex at distance d learns after d updates: exactly backprop.
+
+    Args:
+        solver: "sweep" gives the same numbers in one backward sweep; "iterate" runs the literal levelled dynamics.
+
+    Source: Song et al. 2020 (Z-IL); Salvatori et al. 2021 (arXiv 2103.04689) for arbitrary graphs.
+    """
+
+    exact: ClassVar[bool] = True
+
+    solver: str = "sweep"
+
+    def __post_init__(self) -> None:
+        require_choice("solver", self.solver, ("sweep", "iterate"))
+
+    @property
+    def dynamics(self) -> Dynamics:
+        if self.solver == "sweep":
+            return Dynamics("errors", None, 1.0, closed_form=True, learn_on_arrival=True)
+        return Dynamics("values", None, 1.0, learn_on_arrival=True)
+
+
+def require_steps(steps: Any) -> None:
+    """Raise unless `steps` is a whole number of inference steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an int, the number of inference steps T; got {type(steps).__name__}.")
+    if steps < 0:
+        raise ValueError(f"steps must be 0 or more; got {steps}.")
+
+
+def require_number(
+    name: str,
+    value: Any,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise unless `value` is a finite number in the given range."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a float; got {type(value).__name__}.")
+    if not (math.isfinite(value) and above < value < below and at_least <= value):
+        raise ValueError(f"{name} must be {_range(above, at_least, below)}; got {value}.")
+
+
+def require_fixed_prediction_rate(rate: Any) -> None:
+    """Raise unless 0 < rate < 2, where fixed prediction converges."""
+    require_number("rate", rate)
+    if not 0.0 < rate < 2.0:
+        raise ValueError(f"rate must lie in (0, 2), where fixed prediction converges; got {rate}. Use 1.0 for backprop's gradient.")
+
+
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, one of {', '.join(choices)}; got {type(value).__name__}.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
+def _range(above: float, at_least: float, below: float) -> str:
+    parts = []
+    if above > -math.inf:
+        parts.append(f"greater than {above:g}")
+    if at_least > -math.inf:
+        parts.append(f"at least {at_least:g}")
+    if below < math.inf:
+        parts.append(f"below {below:g}")
+    return " and ".join(["finite", *parts])
