@@ -70,7 +70,6 @@ def backward(
     _require_settings(steps, rate, solver, retain_graph)
     leaves = None if inputs is None else _require_leaves(inputs)
     graph = NodeGraph(_require_loss(loss), _require_outputs(output), leaves)
-    steps = graph.depth if steps is None else steps
     with _freed_graph_explained():
         errors = _relax(graph, loss, steps, rate, solver)
         with _grad_kept_on_failure(graph.leaves), _injected(graph, errors):
@@ -93,8 +92,11 @@ def depth(loss: Tensor, output: Tensors | None = None) -> int:
 Errors = dict[Edge, Tensor]  # in PyTorch's sign, dloss/d(output of a node); an edge that is absent has error 0
 
 
-def _relax(graph: NodeGraph, loss: Tensor, steps: int, rate: float, solver: str) -> Errors | None:
+def _relax(graph: NodeGraph, loss: Tensor, steps: int | None, rate: float, solver: str) -> Errors | None:
     """The errors that relax, after T steps; None where the closed form makes every one of them backprop's delta."""
+    if steps is None and solver == "closed_form":
+        return None
+    steps = graph.depth if steps is None else steps
     lengths = None if solver == "iterate" else PathLengths.after(steps, rate, graph.depth, _rounding(loss.dtype))
     if lengths is not None and lengths.all_one:
         return None
@@ -260,8 +262,8 @@ def _grad_kept_on_failure(leaves: Sequence[Tensor]) -> Iterator[None]:
         yield
     except BaseException:
         with torch.no_grad():
-            for grad, copy in copies:
-                grad.copy_(copy)
+            for accumulated, copy in copies:
+                accumulated.copy_(copy)
         for leaf, grad in before:
             leaf.grad = grad
         raise

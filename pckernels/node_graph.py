@@ -1,6 +1,7 @@
 """The autograd graph behind a loss, as the computation graph of fixed prediction: order, path lengths, feedback."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -23,8 +24,6 @@ class NodeGraph:
 
     Attributes:
         root: the edge of the loss.
-        order: the nodes between the loss and the leaves that learn, consumers before producers.
-        remaining: node -> the most length that a path can still gain above it.
 
     Raises:
         ValueError: an output does not lead to the loss.
@@ -33,15 +32,23 @@ class NodeGraph:
     def __init__(self, loss: Tensor, outputs: Sequence[Tensor] = (), inputs: Sequence[Tensor] | None = None) -> None:
         self.root = gradient_edge(loss)
         self._producers = _consumers_first(self.root[0])
-        self._outputs = {_under_views(edge) for edge in self._edges_of(outputs)} or {_under_views(self.root)}
-        self._between = self._leading_to(self._outputs.__contains__)
-        wanted = None if inputs is None else {id(tensor) for tensor in inputs}
-        needed = self._leading_to(lambda edge: _is_wanted(edge[0], wanted))
-        self.order = [node for node in self._producers if node in needed]
-        self.remaining: dict[Node, int] = {}
+        self._outputs = {_under_views(edge) for edge in self._edges_of(outputs) or [self.root]}
+        self._wanted = None if inputs is None else {id(tensor) for tensor in inputs}
+
+    @cached_property
+    def order(self) -> list[Node]:
+        """The nodes between the loss and the leaves that learn, consumers before producers."""
+        needed = self._leading_to(lambda edge: _is_wanted(edge[0], self._wanted))
+        return [node for node in self._producers if node in needed]
+
+    @cached_property
+    def remaining(self) -> dict[Node, int]:
+        """For each node of `order`, the most length that a path can still gain above it."""
+        remaining: dict[Node, int] = {}
         for node in reversed(self.order):
-            above = (self.cost(edge) + self.remaining[edge[0]] for edge in self._producers[node] if edge[0] in needed)
-            self.remaining[node] = max(above, default=0)
+            above = [self.cost(edge) + remaining[edge[0]] for edge in self._producers[node] if edge[0] in remaining]
+            remaining[node] = max(above, default=0)
+        return remaining
 
     @property
     def depth(self) -> int:
@@ -77,9 +84,13 @@ class NodeGraph:
             if self.remaining[node] and kind(node) in OPAQUE:
                 raise Unsupported(f"Errors cannot relax through {node.name()}: {OPAQUE[kind(node)]}. rate=1.0 with steps=None works.")
 
+    @cached_property
+    def _between(self) -> set[Node]:
+        return self._leading_to(self._outputs.__contains__)
+
     def _edges_of(self, outputs: Sequence[Tensor]) -> list[Edge]:
-        read = {edge for edges in self._producers.values() for edge in edges} | {self.root}
         edges = [gradient_edge(tensor) for tensor in outputs]
+        read = {edge for edges in self._producers.values() for edge in edges} | {self.root} if edges else set()
         for position, edge in enumerate(edges):
             if edge not in read:
                 raise ValueError(f"output tensor {position} does not lead to the loss; pass the tensor the loss was computed from.")

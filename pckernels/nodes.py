@@ -82,7 +82,7 @@ def _call(node: Node, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | N
         return gradients
     if isinstance(node, BackwardCFunction):
         return _call_python(node, gradients)
-    return _as_tuple(node(*gradients))
+    return _as_tuple(node(*gradients))  # type: ignore[operator]
 
 
 def _call_python(node: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -109,7 +109,7 @@ def _conform(gradient: Tensor | None, producer: Node, output: int) -> Tensor | N
 
 
 def _metadata(node: Node) -> Sequence[Any]:
-    return node._input_metadata  # type: ignore[attr-defined]  # shape, dtype and device of each forward output
+    return node._input_metadata  # shape, dtype and device of each forward output
 
 
 def _zeros(meta: Any) -> Tensor:
