@@ -4,8 +4,8 @@ Each is a `PCNetwork` over a plain module of the same name (`MLPModule`, `CNNMod
 predictive coding: backprop trains the very same module, `network.module`.
 
 The networks of the paper learn as its experiments do unless told otherwise: fixed predictions at rate 0.1, squared error
-against one-hot targets, gradients summed over the batch (`reduction="sum"`; `MLP` keeps the defaults of `PCNetwork`).
-Every keyword of `PCNetwork` may be given to change that. The published code also multiplies its gradients by 4 to 8,
+against one-hot targets, gradients summed over the batch (`reduction="sum"`). `MLP` is not of that paper, and keeps the batch mean. Every keyword of
+`PCNetwork` may be given to change that. The published code also multiplies its gradients by 4 to 8,
 clamps them, and learns from errors one step old; none of that is done here.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .network import PCNetwork
-from .rules import FixedPrediction
+from .rules import FixedPrediction, Strict
 
 STD = 0.05  # of every initial weight in the paper
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -143,10 +143,10 @@ class LSTMModule(nn.Module):
 
 
 class MLP(PCNetwork):
-    """A perceptron (B, sizes[0]) -> (B, sizes[-1]); see `MLPModule`. `pc` goes to `PCNetwork`."""
+    """A perceptron (B, sizes[0]) -> (B, sizes[-1]): strict, T = 20, rate 0.1; see `MLPModule`."""
 
     def __init__(self, sizes: Sequence[int], activation: str = "relu", bias: bool = True, **pc: Any) -> None:
-        super().__init__(MLPModule(sizes, activation, bias), **pc)
+        super().__init__(MLPModule(sizes, activation, bias), **{"rule": Strict(20, 0.1), **pc})
 
 
 class CNN(PCNetwork):

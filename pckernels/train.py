@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> None:
     for config in configs:
         require_free(config)
     dataset = read_data(configs[0])
-    print(f"{configs[0].model} on {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples.", dataset.note)
+    print(f"{configs[0].model} on {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples. {dataset.note}".strip())
     results = [train(config, dataset) for config in configs]
     _print_results(results)
     _write(args, results, dataset.note)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from . import checkpoint, data, nn, settings
+from .errors import InferenceDiverged
 from .losses import per_sample
 from .network import PCNetwork
 from .settings import TrainConfig, complete
@@ -34,7 +35,7 @@ Row = tuple[int, int, int, str, float, float]  # the columns of the metrics file
 
 
 class Diverged(RuntimeError):
-    """The loss of a training batch was not finite. The last checkpoint and the metrics are kept."""
+    """The loss or the inference of a batch was no longer finite. The last checkpoint and the metrics are kept."""
 
 
 @dataclass
@@ -74,7 +75,7 @@ def train(config: TrainConfig, dataset: data.Dataset | None = None, report: Call
 
     Raises:
         ValueError, TypeError, FileNotFoundError, Unsupported: something in the settings or the data, before anything is written.
-        InferenceDiverged, Diverged: the learning rate, or the rate of inference, is too large. What was written is kept.
+        Diverged: the learning rate, or the rate of inference, is too large. What was written is kept.
     """
     config = complete(config)
     _set_threads(config)
@@ -225,12 +226,15 @@ def _learn_batch(run: Run, indices: Tensor) -> float:
 
 
 def _step_pc(run: Run, x: Tensor, target: Tensor) -> float:
-    return float(run.network.step(x, target, run.optimizer).loss)
+    try:
+        return float(run.network.step(x, target, run.optimizer).loss)
+    except InferenceDiverged as error:
+        raise Diverged(f"Batch {run.step} of the learner pc: {error} Or choose a smaller --lr or --rate.") from error
 
 
 def _step_backprop(run: Run, x: Tensor, target: Tensor) -> float:
     run.optimizer.zero_grad()
-    losses = per_sample(run.config.loss, run.network.module(x), target)
+    losses = per_sample(run.config.loss, run.network(x), target)
     loss = losses.sum() if run.config.reduction == "sum" else losses.mean()
     loss.backward()
     run.optimizer.step()
