@@ -295,6 +295,7 @@ def _check_operations(graph: fx.Graph) -> None:
 # Rewriting ------------------------------------------------------------------
 
 _COPIES = {aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default, aten.view_as.default}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _LAST = torch.iinfo(torch.int64).max
 
 
@@ -304,6 +305,8 @@ def _simplify(graph: fx.Graph) -> None:
         replacement = _shortcut(node)
         if replacement is not None:
             node.replace_all_uses_with(replacement)
+        elif node.target in _VIEWS:
+            node.target = aten.reshape.default  # the copy that made its input contiguous may be gone
     graph.eliminate_dead_code(_is_impure)
 
 
