@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = {"versions": versions(), "backends": supports()}
-    print("\n".join(f"{name:<10} {version}" for name, version in found["versions"].items()))
+    installed, supported = versions(), supports()
+    print("\n".join(f"{name:<10} {version}" for name, version in installed.items()))
     print("\nbackends")
-    for name, support in found["backends"].items():
+    for name, support in supported.items():
         print(f"  {name:<10} {'available' if support['ok'] else 'not available'}: {support['reason']}")
     if args.json:
-        write_json(args.json, found)
+        write_json(args.json, {"versions": installed, "backends": supported})
     return 0
 
 

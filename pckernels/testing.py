@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .coefficients import largest
-from .measure import autograd_gradients, depth_of, gradient_errors, mixture, network_of, path_parts, recorded_errors, rule_gradients, sum_of
+from .measure import Probe, gradient_errors, mixture, sum_of
 from .rules import FixedPrediction, Rule
 
 BOUND = 1e-12  # of the error after T steps, relative to m * ||delta_i||, in float64
@@ -34,9 +34,8 @@ def assert_exact_gradient(module: nn.Module, x: Any, target: Any, rule: Rule, to
         AssertionError: some gradient is not; the message holds a table of every parameter's relative error.
         ValueError, TypeError, Unsupported: as PCNetwork raises them.
     """
-    network = network_of(module, rule, loss)
-    wanted = autograd_gradients(network.module, x, target, network.loss)
-    errors = gradient_errors(rule_gradients(network, x, target), wanted)
+    probe = Probe(module, x, target, loss)
+    errors = gradient_errors(probe.gradients(rule), probe.autograd_gradients())
     _require([(name, error, tolerance) for name, error in errors.items()], "parameter", f"The gradients of {rule} are not autograd's")
 
 
@@ -55,15 +54,15 @@ def assert_converges(module: nn.Module, x: Any, target: Any, rate: float, steps:
         AssertionError: some vertex is elsewhere; the message holds a table of every vertex.
         ValueError, TypeError, Unsupported: as PCNetwork and FixedPrediction raise them.
     """
-    rows = convergence_rows(module, x, target, rate, steps, loss)
+    rows = convergence_rows(Probe(module, x, target, loss), rate, steps)
     _require(rows, "vertex", f"After {steps} steps at rate {rate:g}, errors are not where c_k({steps}) puts them")
 
 
-def convergence_rows(module: nn.Module, x: Any, target: Any, rate: float, steps: int, loss: Any = "squared_error") -> list[Row]:
+def convergence_rows(probe: Probe, rate: float, steps: int) -> list[Row]:
     """For each vertex ||eps_i(T) - predicted|| / ||delta_i||, and what is allowed."""
     rule = FixedPrediction(steps, rate, solver="iterate")
-    parts = path_parts(module, x, target, depth_of(module, x), loss)
-    found = recorded_errors(module, x, target, rule, loss)[-1]
+    parts = probe.path_parts()
+    found = probe.errors(rule)[-1]
     predicted = mixture(parts, steps, rate)
     growth = largest(steps, rate, len(parts) - 1)
     return [_row(name, found[name], predicted[name], sum_of([part[name] for part in parts]), growth) for name in found]

@@ -5,7 +5,6 @@ literal dynamics, controls that must fail, and the error of every vertex for gro
 """
 
 import argparse
-import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,33 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .autograd import backward
 from .coefficients import coefficients
 from .errors import Unsupported
 from .graph import ComputationGraph
 from .jsonfile import add_json_argument, output_path, write_json
-from .measure import (
-    Gradients,
-    arguments,
-    autograd_gradients,
-    gradients,
-    largest_error,
-    mixture,
-    network_of,
-    path_parts,
-    recorded_errors,
-    relative_error,
-    rule_gradients,
-    same_draws,
-    sum_of,
-    summed_loss,
-)
+from .measure import Probe, largest_error, mixture, relative_error
 from .models import BUILDERS, Case, build, converted
 from .network import PCNetwork
-from .rules import FixedPrediction, Rule, ZeroDivergence, require_fixed_prediction_rate, require_steps
+from .rules import FixedPrediction, ZeroDivergence, require_fixed_prediction_rate, require_steps
 from .testing import bound, convergence_rows, dtype_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+MARGIN = 100  # between what a control leaves out and the limit that must show it
 ROWS = 12  # a table of more vertices shows one for each distance
 
 
@@ -128,42 +112,56 @@ def verify(case: Case, steps: int = 100, rate: float = 0.1) -> Report:
     Raises:
         ValueError, TypeError, Unsupported: as PCNetwork raises them.
     """
-    graph = graph_of(case)
-    checks = [*exactness(case, graph), *theory(case, steps, rate)]
-    return Report(case.name, summary(case, graph), checks, convergence(case, graph, steps, rate))
-
-
-def exactness(case: Case, graph: ComputationGraph) -> Iterator[Check]:
-    """Literal dynamics against autograd, fast sweeps against them, and the control: one step too few."""
+    probe = Probe(case.module, case.x, case.target, case.loss)
+    graph = probe.graph()
     limit = bound(dtype_of(case.module.state_dict(), case.x))
-    fixed = FixedPrediction(graph.depth, 1.0, solver="iterate")
-    exact = autograd_gradients(case.module, case.x, case.target, case.loss)
-    literal, zero = learned(case, fixed), learned(case, ZeroDivergence(solver="iterate"))
+    checks = [*exactness(probe, graph, limit), *theory(probe, steps, rate)]
+    return Report(case.name, summary(case, graph), checks, convergence(probe, graph, steps, rate))
+
+
+def exactness(probe: Probe, graph: ComputationGraph, limit: float) -> Iterator[Check]:
+    """Literal dynamics against autograd, fast sweeps against them, and the control: one step too few."""
+    literal = probe.gradients(FixedPrediction(graph.depth, 1.0, solver="iterate"))
+    zero = probe.gradients(ZeroDivergence(solver="iterate"))
+    exact = probe.autograd_gradients()
     yield Check(f"fixed prediction, {graph.depth} literal steps at rate 1 = autograd", largest_error(literal, exact), limit)
     yield Check("zero divergence, literal levelled dynamics = autograd", largest_error(zero, exact), limit)
-    closed = learned(case, FixedPrediction(graph.depth, 1.0))
+    closed = probe.gradients(FixedPrediction(graph.depth, 1.0))
     yield Check("fixed prediction, closed form = literal", largest_error(closed, literal), limit)
-    yield Check("zero divergence, one sweep = literal", largest_error(learned(case, ZeroDivergence()), zero), limit)
-    yield Check("pckernels.backward(loss) = literal", largest_error(live(case), literal), limit)
-    deepest = max((vertex.distance for vertex in graph.vertices if vertex.parameters), default=0)
-    if deepest:
-        early = learned(case, FixedPrediction(deepest - 1, 1.0, solver="iterate"))
-        yield Check(f"control: {deepest - 1} steps, one too few, must differ", largest_error(early, exact), limit, control=True)
+    yield Check("zero divergence, one sweep = literal", largest_error(probe.gradients(ZeroDivergence()), zero), limit)
+    yield Check("pckernels.backward(loss) = literal", largest_error(probe.live_gradients(), literal), limit)
+    early = control_steps(probe, graph, limit)
+    if early is not None:
+        short = probe.gradients(FixedPrediction(early, 1.0, solver="iterate"))
+        yield Check(f"control: {early} steps, too few, must differ from autograd", largest_error(short, exact), limit, control=True)
 
 
-def theory(case: Case, steps: int, rate: float) -> Iterator[Check]:
+def control_steps(probe: Probe, graph: ComputationGraph, limit: float) -> int | None:
+    """The largest T that theory says must leave a visible part of some learning vertex's delta behind; None if none does.
+
+    That is the depth - 1 of the learning vertices, unless their longest paths carry less than the check can see.
+    """
+    parts, learning = probe.path_parts(), [vertex.name for vertex in graph.hidden if vertex.parameters]
+    delta = mixture(parts, graph.depth, 1.0)
+    for steps in range(graph.depth - 1, -1, -1):
+        early = mixture(parts, steps, 1.0)
+        if any(relative_error(early[name], delta[name]) > MARGIN * limit for name in learning):
+            return steps
+    return None
+
+
+def theory(probe: Probe, steps: int, rate: float) -> Iterator[Check]:
     """Where the errors are after T steps, against c_k(T): the worst vertex."""
-    rows = convergence_rows(case.module, case.x, case.target, rate, steps, case.loss)
-    name, error, limit = max(rows, key=_excess)
+    name, error, limit = max(convergence_rows(probe, rate, steps), key=_excess)
     yield Check(f"errors after {steps} steps at rate {rate:g} = c_k({steps}) mixture (worst: {name})", error, limit)
 
 
-def convergence(case: Case, graph: ComputationGraph, steps: int, rate: float) -> Convergence:
+def convergence(probe: Probe, graph: ComputationGraph, steps: int, rate: float) -> Convergence:
     """The error of every vertex for growing T, measured and predicted."""
     times = time_points(steps)
-    parts = path_parts(case.module, case.x, case.target, graph.depth, case.loss)
-    delta = {name: sum_of([part[name] for part in parts]) for name in parts[0]}
-    states = recorded_errors(case.module, case.x, case.target, FixedPrediction(steps, rate, solver="iterate"), case.loss)
+    parts = probe.path_parts()
+    delta = mixture(parts, graph.depth, 1.0)
+    states = probe.errors(FixedPrediction(steps, rate, solver="iterate"))
     theories = [mixture(parts, t, rate) for t in times]
     names = [vertex.name for vertex in graph.hidden]
     measured = {name: [relative_error(states[t][name], delta[name]) for t in times] for name in names}
@@ -181,25 +179,6 @@ def time_points(steps: int) -> list[int]:
     """1, 2, 5, 10, 20, 50, .. up to T = `steps`, and T itself."""
     decades = range(int(math.log10(max(1, steps))) + 1)
     return sorted({t for d in decades for t in (10**d, 2 * 10**d, 5 * 10**d) if t < steps} | {steps})
-
-
-def learned(case: Case, rule: Rule) -> Gradients:
-    return rule_gradients(network_of(case.module, rule, case.loss), case.x, case.target)
-
-
-def live(case: Case) -> Gradients:
-    """The gradients of `pckernels.backward(loss)`, on the live autograd graph."""
-    module = copy.deepcopy(case.module)
-    module.zero_grad(set_to_none=True)
-    with same_draws():
-        loss = summed_loss(module, case.x, case.target, case.loss)
-    backward(loss)
-    return gradients(module)
-
-
-def graph_of(case: Case) -> ComputationGraph:
-    args, keywords = arguments(case.x)
-    return network_of(case.module, FixedPrediction(0, 1.0), case.loss).trace(*args, **keywords)
 
 
 def load(name: str) -> Case:

@@ -24,7 +24,8 @@ def project_files() -> list[Path]:
 
 
 def test_every_make_target_of_the_readme_is_in_the_makefile() -> None:
-    named = set(re.findall(r"\bmake (\w+)", README))
+    named = set(re.findall(r"^make (\w+)|`make (\w+)`", README, flags=re.MULTILINE))
+    named = {name for pair in named for name in pair if name}
     assert {"demo", "test"} <= named
     assert named <= set(re.findall(r"^(\w+):", MAKEFILE, flags=re.MULTILINE))
 
@@ -32,7 +33,8 @@ def test_every_make_target_of_the_readme_is_in_the_makefile() -> None:
 def test_the_commands_of_the_readme_are_commands() -> None:
     from pckernels.cli import COMMANDS
 
-    assert set(re.findall(r"^pckernels (\w+)", README, flags=re.MULTILINE)) == set(COMMANDS)
+    blocks = "".join(README.split("```")[1::2])
+    assert set(re.findall(r"^pckernels (\w+)", blocks, flags=re.MULTILINE)) == set(COMMANDS)
 
 
 def test_the_python_of_the_readme_runs() -> None:
