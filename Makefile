@@ -8,7 +8,7 @@ OUT := out
 .PHONY: demo test lint format clean
 
 demo: $(STAMP)
-	$(RUN) -m pckernels train cnn --dataset digits --learner both --epochs 5 --out $(OUT)
+	$(RUN) -m pckernels train cnn --data digits --learner both --epochs 30 --out $(OUT) --overwrite
 	$(RUN) -m pckernels verify cnn --plot $(OUT)/convergence.png --json $(OUT)/verify.json
 	@echo "Curves and plots are in ./$(OUT)"
 
