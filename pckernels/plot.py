@@ -62,7 +62,9 @@ def convergence(
     axes.set_yscale("log")
     axes.set_xlabel("inference steps T")
     axes.set_ylabel("relative gradient error against autograd")
-    axes.set_title(f"{title}\nmarkers: measured; lines: |c_k(T) - 1|, predicted".strip())
+    exact = any(value <= FLOOR for values in measured.values() for value in values)
+    note = f"; 0 is drawn at {FLOOR:g}" if exact else ""
+    axes.set_title(f"{title}\nmarkers: measured; lines: |c_k(T) - 1|, predicted{note}".strip(), fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)
@@ -103,7 +105,7 @@ def _draw_vertex(axes, steps, name, index, measured, predicted):  # type: ignore
     label = name if len(measured) <= LEGEND or index in (0, last) else None
     if name in predicted:
         axes.plot(steps, [max(FLOOR, value) for value in predicted[name]], color=color, linewidth=1)
-    axes.plot(steps, [max(FLOOR, value) for value in measured[name]], "o", color=color, markersize=3.5, label=label)
+    axes.plot(steps, [max(FLOOR, value) for value in measured[name]], "o", color=color, markersize=4.5, fillstyle="none", label=label)
 
 
 def _require_lengths(steps: Sequence[int], measured: Mapping[str, Sequence[float]], predicted: Mapping[str, Sequence[float]]) -> None:
