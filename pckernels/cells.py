@@ -130,9 +130,10 @@ class _Unrolled:
     def forward(self, x: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None):  # type: ignore[no-untyped-def]
         _check_input(self, x)  # type: ignore[arg-type]
         batched = x.dim() == 3
-        xs = list((x.transpose(0, 1) if self.batch_first and batched else x).unbind(0))  # type: ignore[attr-defined]
+        dim = 1 if self.batch_first and batched else 0  # type: ignore[attr-defined]
+        xs = [x.select(dim, time) for time in range(x.shape[dim])]
         outputs, finals = self._layers(xs, self._initial(xs[0], hx), call_name(self))
-        output = torch.stack(outputs, 1 if self.batch_first and batched else 0)  # type: ignore[attr-defined]
+        output = torch.stack(outputs, dim)
         state = tuple(torch.stack([final[k] for final in finals]) for k in range(len(finals[0])))
         return output, (state if isinstance(self, nn.LSTM) else state[0])
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
-from torch.nn import functional
+from torch import fx
 
 from pckernels.capture import Captured, is_mark
 from pckernels.dependence import Dependence, operation_name
 from pckernels.expansion import expand
 from pckernels.graph import ComputationGraph, Derived, Trace, Vertex
 from pckernels.placement import add_output_vertices, value_node_ends, value_node_names
+from pckernels.products import linear
 
 aten = torch.ops.aten
 
@@ -25,12 +25,6 @@ def cut(captured: Captured, value_nodes: str | Sequence[str], live_statistics: b
     ends = value_node_ends(captured, facts, value_nodes)
     outputs = add_output_vertices(captured, facts, ends)
     return _Cutter(captured, facts, ends, outputs, argument_names, value_nodes).trace()
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b with W and b constant, in a result that can be differentiated for: its weights learn by outer products."""
-    z = functional.linear(x, weight.detach(), None if bias is None else bias.detach())
-    return z if z.requires_grad or not torch.is_grad_enabled() else z.requires_grad_()
 
 
 @dataclass
@@ -240,7 +234,7 @@ def _compiled(
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {}
     for node in products or ():
-        copies[node].target = product
+        copies[node].target = linear
     if products is None:
         graph.output(copies[end])
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def deposit(module: nn.Module, gradients: Sequence[tuple[nn.Parameter, Tensor]], good: Tensor | None = None) -> None:
+def deposit(module: nn.Module, gradients: Sequence[tuple[Tensor, Tensor]], good: Tensor | None = None) -> None:
     """Add each gradient to its parameter's `.grad`, all at once or, if a hook raises, none.
 
     With `good`, a device flag, zeros are added where it is False.
@@ -29,13 +29,13 @@ def deposit(module: nn.Module, gradients: Sequence[tuple[nn.Parameter, Tensor]],
         raise
 
 
-def _hooked(parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+def _hooked(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """The parameters to restore should a hook raise; nothing can raise without a hook."""
     hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
     return parameters if hooked else ()
 
 
-def _roots(module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def _roots(module: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor]:
     """An alias of each parameter: the engine's backward through it is exactly one accumulation into `.grad`."""
     aliases = _Aliases(parameters)
     if not isinstance(module, nn.parallel.DistributedDataParallel):
@@ -50,7 +50,7 @@ def _roots(module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Tensor
 
 
 class _Aliases(nn.Module):
-    def __init__(self, parameters: Sequence[nn.Parameter]):
+    def __init__(self, parameters: Sequence[Tensor]):
         super().__init__()
         self.held = list(parameters)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -258,11 +259,11 @@ class Trace:
 
     def output_shape(self, name: str, batch: int | None) -> tuple[int, ...]:
         """The shape of an output vertex's value for a batch of this size."""
-        return tuple(size if isinstance(size, int) else _evaluated(size, batch) for size in self.output_shapes[name])
+        return tuple(size if isinstance(size, int) else _evaluated(size.node.expr, batch) for size in self.output_shapes[name])
 
 
-def _evaluated(size: Any, batch: int | None) -> int:
-    expression = size.node.expr
+@lru_cache(maxsize=1024)
+def _evaluated(expression: Any, batch: int | None) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,7 +144,7 @@ class PCNetwork(nn.Module):
 
     def trace(self, *args: Any, **kwargs: Any) -> ComputationGraph:
         """The computation graph for these inputs in the present training mode, from the cache or traced anew."""
-        return self._trace(args, kwargs).graph
+        return self._trace(Arguments(args, kwargs, self.batch_dim)).graph
 
     @property
     def graph(self) -> ComputationGraph:
@@ -164,19 +164,19 @@ class PCNetwork(nn.Module):
         clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return clone
 
-    def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    def _trace(self, arguments: Arguments) -> Trace:
         module = _unwrapped(self.module)
-        check_inputs(module, args, kwargs, self.batch_dim)
-        key = _trace_key(module, args, kwargs, self.batch_dim, self.rule.exact)
-        found = self._traces.get(key) or self._traces.get((key, _size(args, kwargs, self.batch_dim)))
+        key = (arguments.key, _module_key(module), self.rule.exact)
+        found = self._traces.get(key) or self._traces.get((key, arguments.size))
         if found is None:
+            check_inputs(module, arguments)
+            args, kwargs = arguments.args, arguments.kwargs
             found = trace(module, *args, value_nodes=self.value_nodes, batch_dim=self.batch_dim, live_statistics=self.rule.exact, **kwargs)
-            key = key if found.batched else (key, _size(args, kwargs, self.batch_dim))
-            self._traces[key] = found
+            # A graph that holds for one batch size alone is kept under that size.
+            self._traces[key if found.batched else (key, arguments.size)] = found
             if len(self._traces) > _TRACES:
                 self._traces.popitem(last=False)
-        else:
-            self._traces.move_to_end(key if key in self._traces else (key, _size(args, kwargs, self.batch_dim)))
+        self._traces.move_to_end(key if found.batched else (key, arguments.size))
         return found
 
     def _run(
@@ -192,28 +192,26 @@ class PCNetwork(nn.Module):
         name, run = dispatch.choose(self.backend)
         module = _unwrapped(self.module)
         with torch.inference_mode(False):
-            traced = self._trace(args, kwargs)
-            size = _size(args, kwargs, self.batch_dim)
-            objective = None if target is None else Objective(self.loss, traced, target, size, self.check == "sync")
-            count = size or 1
-            factor = scale / count if self.reduction == "mean" else scale
-            call = Call(traced, _tensors(traced, module, args, kwargs), objective, self.rule.dynamics, learn, record, factor)
+            arguments = Arguments(args, kwargs, self.batch_dim)
+            traced = self._trace(arguments)
+            objective = None if target is None else Objective(self.loss, traced, target, arguments.size, self.check == "sync")
+            divisor = (arguments.size or 1) if self.reduction == "mean" else 1
+            call = Call(traced, _tensors(traced, module, arguments), objective, self.rule.dynamics, learn, record, scale / divisor)
             outcome = run(call)
             self._check(outcome)
             if optimizer is not None:
                 optimizer.zero_grad()
-            self._commit(module, traced, outcome)
-        return Inference(outcome, name, objective, count if self.reduction == "mean" else 1, self.check)
+            self._commit(module, call, outcome)
+        return Inference(outcome, name, objective, divisor, self.check)
 
     def _check(self, outcome: Outcome) -> None:
         if self.check == "sync" and not bool(outcome.good):
             raise InferenceDiverged(outcome.complaint())
 
-    def _commit(self, module: nn.Module, traced: Trace, outcome: Outcome) -> None:
+    def _commit(self, module: nn.Module, call: Call, outcome: Outcome) -> None:
         """Everything that a call changes: nothing before this has touched the module."""
         good = None if self.check == "sync" else outcome.good
-        gradients = {traced.parameters[name]: gradient for name, gradient in outcome.gradients.items()}
-        deposit(self.module, [(module.get_parameter(name), gradient) for name, gradient in gradients.items()], good)
+        deposit(self.module, [(call.tensors[name], gradient) for name, gradient in outcome.gradients.items()], good)
         with torch.no_grad():
             for name, value in outcome.updates.items():
                 buffer = module.get_buffer(name)
@@ -320,70 +318,76 @@ def _required(module: nn.Module) -> int:
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dim: int) -> None:
-    """Raise unless the arguments fit the module's signature, device and dtype, and agree on the batch size."""
+class Arguments:
+    """The arguments of one call, flattened.
+
+    Attributes:
+        size: the batch size, that of the first tensor with a dimension `batch_dim`; None without one.
+        key: what a trace depends on: structure, dtypes, devices, and every size but the batch's.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int):
+        self.args, self.kwargs, self.batch_dim = args, kwargs, batch_dim
+        self.leaves, spec = pytree.tree_flatten((args, kwargs))
+        self.size = next((leaf.shape[batch_dim] for leaf in self.tensors if leaf.dim() > batch_dim), None)
+        self.key = (spec, tuple(self._leaf_key(leaf) for leaf in self.leaves))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def _leaf_key(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return repr(leaf)
+        shape = list(leaf.shape)
+        if len(shape) > self.batch_dim and shape[self.batch_dim] == self.size:
+            shape[self.batch_dim] = -1
+        return (*shape, leaf.dtype, leaf.device)
+
+
+def _module_key(module: nn.Module) -> Any:
+    """What a trace depends on in a module: its layers and their modes, and its parameters but for their values."""
+    layers = [(type(layer), layer.training) for layer in module.modules()]
+    return (tuple(layers), tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in module.parameters()))
+
+
+def check_inputs(module: nn.Module, arguments: Arguments) -> None:
+    """Raise unless the arguments fit the module's signature and device, and carry a batch."""
     try:
-        inspect.signature(module.forward).bind(*args, **kwargs)
+        inspect.signature(module.forward).bind(*arguments.args, **arguments.kwargs)
     except TypeError as error:
         raise TypeError(f"{type(module).__name__}.forward cannot take these inputs: {error}.") from None
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not tensors:
+    if not arguments.tensors:
         raise TypeError(f"{type(module).__name__} needs at least one tensor as input.")
-    if all(tensor.dim() <= batch_dim for tensor in tensors):
-        raise ValueError(f"No input has a dimension {batch_dim} for the batch; give inputs with a batch, or another batch_dim.")
-    _check_against_parameters(module, tensors)
+    if arguments.size is None:
+        raise ValueError(f"No input has a dimension {arguments.batch_dim} for the batch; give inputs with a batch, or another batch_dim.")
+    for tensor in arguments.tensors:
+        _check_tensor(module, tensor)
 
 
-def _check_against_parameters(module: nn.Module, tensors: Sequence[Tensor]) -> None:
+def _check_tensor(module: nn.Module, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise TypeError("Complex inputs are not supported; pass real and imaginary parts as two inputs.")
+    if tensor.is_sparse:
+        raise TypeError("Sparse inputs are not supported; pass x.to_dense().")
     parameter = next(module.parameters(), None)
-    if parameter is None:
-        return
-    for tensor in tensors:
-        if tensor.device != parameter.device:
-            raise ValueError(f"An input is on {tensor.device}, the module on {parameter.device}. Move one with .to(device).")
-        if tensor.is_complex():
-            raise TypeError("Complex inputs are not supported; pass real and imaginary parts as two inputs.")
-        if tensor.is_sparse:
-            raise TypeError("Sparse inputs are not supported; pass x.to_dense().")
+    if parameter is not None and tensor.device != parameter.device:
+        raise ValueError(f"An input is on {tensor.device}, the module on {parameter.device}. Move one with .to(device).")
 
 
-Key = Callable[..., Any]
-
-
-def _trace_key(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dim: int, live: bool) -> Any:
-    size = _size(args, kwargs, batch_dim)
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    arguments = tuple(_leaf_key(leaf, batch_dim, size) for leaf in leaves)
-    parameters = tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in module.parameters())
-    return (spec, arguments, parameters, tuple((type(m), m.training) for m in module.modules()), live)
-
-
-def _leaf_key(leaf: Any, batch_dim: int, size: int | None) -> Any:
-    if not isinstance(leaf, Tensor):
-        return repr(leaf)
-    shape = list(leaf.shape)
-    if len(shape) > batch_dim and shape[batch_dim] == size:
-        shape[batch_dim] = -1
-    return (*shape, leaf.dtype, leaf.device)
-
-
-def _size(args: Any, kwargs: Any, batch_dim: int) -> int | None:
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
-            return leaf.shape[batch_dim]
-    return None
-
-
-def _tensors(traced: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors(traced: Trace, module: nn.Module, arguments: Arguments) -> dict[str, Tensor]:
     """Everything that the graph reads, by its name in the graph."""
-    tensors: dict[str, Tensor] = {key: module.get_parameter(name) for key, name in traced.parameters.items()}
-    tensors.update({key: module.get_buffer(name) for key, name in traced.buffers.items()})
+    tensors = {key: _member(module, name, "_parameters") for key, name in traced.parameters.items()}
+    tensors.update({key: _member(module, name, "_buffers") for key, name in traced.buffers.items()})
     tensors.update(traced.tensors)
-    for key, leaf in zip(traced.inputs, pytree.tree_leaves((args, dict(kwargs))), strict=True):
+    for key, leaf in zip(traced.inputs, arguments.leaves, strict=True):
         if key is not None:
-            tensors[key] = _clamped(leaf)
+            tensors[key] = leaf.clone() if leaf.is_inference() else leaf.detach()
     return tensors
 
 
-def _clamped(leaf: Tensor) -> Tensor:
-    return leaf.clone() if leaf.is_inference() else leaf.detach()
+def _member(module: nn.Module, name: str, registry: str) -> Tensor:
+    *path, last = name.split(".")
+    for part in path:
+        module = module._modules[part]  # type: ignore[assignment]
+    return getattr(module, registry)[last]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Plan:
         return 1.0 if length <= self.ones else self.c[length] if length < self.zeros else 0.0
 
 
+@lru_cache(maxsize=64)
 def make_plan(graph: ComputationGraph, dynamics: Dynamics, dtype: torch.dtype) -> Plan:
     """The plan of a merged sweep. Merging counts a coefficient as 0 or 1 within half a unit of the dtype's rounding."""
     steps = graph.depth if dynamics.steps is None else dynamics.steps
@@ -168,8 +169,8 @@ def sweep(bound: Bound, call: Call) -> Outcome:
     swept = Sweep(bound, plan, True, updates if call.learn else None)
     swept.run(at_outputs)
     errors = _Lazy(lambda: full_errors(bound, {name: swept.error(name) for name in swept.components}))
-    everything = [part for components in swept.components.values() for part in components.values() if part.numel()]
-    size = torch.nn.utils.get_total_norm(everything, float("inf")) if everything else losses.sum()
+    # A sum is finite only if every entry is; it reads each error once, many times faster than isfinite does.
+    sums = [part.sum() for components in swept.components.values() for part in components.values()]
     energies = _Lazy(partial(_energies, bound, call, plan, swept, losses, at_outputs, _versions(call)))
     return Outcome(
         losses=losses,
@@ -177,7 +178,7 @@ def sweep(bound: Bound, call: Call) -> Outcome:
         values=lambda: {name: Frozen(bound, errors()).value(name) for name in bound.mu},
         errors=errors,
         energy=energies,
-        good=size.isfinite() & losses.sum().isfinite(),
+        good=torch.stack([losses.sum(), *sums]).sum().isfinite(),
         complaint=lambda: complaint(call.dynamics, losses.sum()[None], errors(), None),
         plan=_description(call.dynamics, graph, swept),
         gradients=updates.gradients(),

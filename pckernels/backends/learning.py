@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pckernels.backends.feedforward import Bound, Local, vjp
+from pckernels.products import outer_product
 
 
 class LocalUpdates:
@@ -46,10 +47,15 @@ class LocalUpdates:
         columns: dict[object, Tensor] = {}
         for name, pairs in self.outer.items():
             errors, inputs = (_joined([pair[k] for pair in pairs], columns) for k in (0, 1))
-            _accumulate(found, name, (errors * self.factor).t() @ inputs)
+            _accumulate(found, name, self._scaled_outer_product(errors, inputs))
         for name, rows in self.rows.items():
             _accumulate(found, name, _joined(rows, columns).sum(0) * self.factor)
         return self._through_weight_expressions(found)
+
+    def _scaled_outer_product(self, errors: Tensor, inputs: Tensor) -> Tensor:
+        if errors.shape[0] < inputs.shape[1]:
+            return outer_product(errors * self.factor, inputs)
+        return outer_product(errors, inputs) * self.factor
 
     def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, Tensor]]]:
         return list(zip(local.vertex.taps, local.taps, strict=True))
