@@ -1,8 +1,8 @@
 """Random modules from a description, and the same description read as a predictive-coding graph by its own interpreter.
 
 Tensors are (B, 3, D). The interpreter places vertices by the rules of `value_nodes="layer"`: one starts at every op that
-reads a parameter and at every join; one-input ops go along until a tensor has two consumers; on an input, after a fork
-or behind a slice they start a vertex; slices belong to the edge; a returned tensor in use elsewhere gets an identity.
+reads a parameter and at every join; one-input ops go along until a tensor has two consumers; on an input or after a fork
+they start a vertex, but slices there belong to the edge; a returned tensor in use elsewhere gets an identity.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class RandomModule(nn.Module):
             return self.layers[op.layer](arguments[0])
         if op.kind == "gain":
             return arguments[0] * self.gains[op.layer]
-        if op.kind == "slice":
+        if op.kind in ("slice", "chunk"):
             return arguments[0][..., op.span[0] : op.span[1]]
         return UNARY[op.kind](arguments[0]) if op.kind in UNARY else JOINS[op.kind](*arguments)
 
@@ -152,7 +152,7 @@ def interpret(module: RandomModule, inputs: tuple[Tensor, ...], targets: list[Te
     for end, draft in ends.items():
         sole = end in d.outputs and consumers[end] == 1
         names[end] = f"out{d.outputs.index(end)}" if sole else f"v{end}"
-        vertices.append(build_vertex(module, names, end, drafts[draft]))
+        vertices.append(build_vertex(module, names, end, drafts[draft], consumers))
     for k, (end, target) in enumerate(zip(d.outputs, targets, strict=True)):
         outputs[f"out{k}"] = target
         if consumers[end] > 1:
@@ -165,9 +165,9 @@ def place(d: Description, consumers: Counter[int]) -> tuple[dict[int, Draft], di
     drafts: dict[int, Draft] = {}
     draft_of: dict[int, int] = {}
     for t, op in enumerate(d.ops, start=len(d.inputs)):
-        if op.kind in ("slice", "chunk"):
-            continue
         source = op.sources[0]
+        if is_edge(d, t, consumers):
+            continue
         if joins_its_source(d, op, source, consumers):
             draft_of[t] = draft_of[source]
             drafts[draft_of[t]].ops.append(op)
@@ -181,13 +181,21 @@ def place(d: Description, consumers: Counter[int]) -> tuple[dict[int, Draft], di
 def joins_its_source(d: Description, op: Op, source: int, consumers: Counter[int]) -> bool:
     if op.kind in JOINS or op.kind in ("linear", "embedding", "gain"):
         return False
-    before = d.op(source)
-    return before is not None and before.kind not in ("slice", "chunk") and consumers[source] == 1
+    return d.op(source) is not None and not is_edge(d, source, consumers) and consumers[source] == 1
 
 
-def build_vertex(module: RandomModule, names: dict[int, str], end: int, draft: Draft) -> Vertex:
+def is_edge(d: Description, tensor: int, consumers: Counter[int]) -> bool:
+    """Whether the tensor is a slice of an input, of a forked tensor or of another such slice."""
+    op = d.op(tensor)
+    if op is None or op.kind not in ("slice", "chunk"):
+        return False
+    source = op.sources[0]
+    return d.op(source) is None or consumers[source] > 1 or is_edge(d, source, consumers)
+
+
+def build_vertex(module: RandomModule, names: dict[int, str], end: int, draft: Draft, consumers: Counter[int]) -> Vertex:
     d = module.description
-    edges = [through_slices(d, s) for s in draft.sources]
+    edges = [through_slices(d, s, consumers) for s in draft.sources]
     parents = tuple(f"x{base}" if base < len(d.inputs) else names[base] for base, _ in edges)
 
     def function(*values: Tensor) -> Tensor:
@@ -200,14 +208,13 @@ def build_vertex(module: RandomModule, names: dict[int, str], end: int, draft: D
     return Vertex(names[end], parents, function, parameters_of(module, draft.ops))
 
 
-def through_slices(d: Description, tensor: int) -> tuple[int, tuple[int, int] | None]:
-    """The tensor behind a chain of slices, and the columns that the chain keeps."""
+def through_slices(d: Description, tensor: int, consumers: Counter[int]) -> tuple[int, tuple[int, int] | None]:
+    """The tensor behind a chain of slices that belong to the edge, and the columns that the chain keeps."""
     span: tuple[int, int] | None = None
-    op = d.op(tensor)
-    while op is not None and op.kind in ("slice", "chunk"):
+    while is_edge(d, tensor, consumers):
+        op = d.ops[tensor - len(d.inputs)]
         span = op.span if span is None else (op.span[0] + span[0], op.span[0] + span[1])
         tensor = op.sources[0]
-        op = d.op(tensor)
     return tensor, span
 
 

@@ -1,4 +1,8 @@
-"""Strict predictive coding as a plain numpy loop: values, errors and energies at every step, then local gradients."""
+"""Strict predictive coding as a plain numpy loop: values, errors and energies at every step, then local gradients.
+
+The loop runs in the precision of its inputs. It subtracts predictions from values, as the equations do, and small errors
+lose digits by that: numpy's longdouble says how many.
+"""
 
 from __future__ import annotations
 

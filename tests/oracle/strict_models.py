@@ -1,4 +1,4 @@
-"""Small torch modules, each beside its vertices written out by hand for the numpy loop."""
+"""Small torch modules, each beside its vertices written out by hand for the numpy loop in the precision `real`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from oracle.layers import Add, Array, Cell, Conv, Flatten, FrozenBatchNorm, Function, Hidden, Layer, Linear, LinearSum, MaxPool, ReLU, Sigmoid, Tanh
+from oracle.layers import Add, Array, Cell, Conv, Flatten, FrozenBatchNorm, Function, Hidden, Layer, Linear, LinearSum
+from oracle.layers import MaxPool, ReLU, Sigmoid, Tanh
 from oracle.strict import StrictLoop, Vertex, cross_entropy, squared_error
 
 
@@ -26,17 +27,22 @@ class Case:
     oracle: StrictLoop
 
 
-def parameters(module: nn.Module) -> dict[str, Array]:
+def parameters(module: nn.Module, real: type) -> dict[str, Array]:
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: p.detach().numpy().copy() for name, p in tensors.items()}
+    return {name: to_numpy(p, real) for name, p in tensors.items()}
 
 
-def mlp(activation: str = "tanh") -> Case:
+def to_numpy(tensor: torch.Tensor, real: type) -> Array:
+    array = tensor.detach().numpy()
+    return array.astype(real) if array.dtype.kind == "f" else array
+
+
+def mlp(real: type, activation: str = "tanh") -> Case:
     torch.manual_seed(1)
     act: type[nn.Module] = {"tanh": nn.Tanh, "relu": nn.ReLU}[activation]
     module = nn.Sequential(nn.Linear(4, 6), act(), nn.Linear(6, 5), act(), nn.Linear(5, 3), act(), nn.Linear(3, 2)).double()
     x, target = torch.randn(3, 4).double(), torch.randn(3, 2).double()
-    p = parameters(module)
+    p = parameters(module, real)
     layer: Callable[[], Layer] = {"tanh": Tanh, "relu": ReLU}[activation]
     linear = [Linear(str(k), p[f"{k}.weight"], p[f"{k}.bias"]) for k in (0, 2, 4, 6)]
     vertices = [
@@ -45,7 +51,7 @@ def mlp(activation: str = "tanh") -> Case:
         Vertex("4", ("2",), Function(linear[2], layer())),
         Vertex("output", ("4",), Function(linear[3])),
     ]
-    return Case(module, x, target, "squared_error", "layer", StrictLoop({"x": x.numpy()}, vertices, target.numpy(), squared_error()))
+    return Case(module, x, target, "squared_error", "layer", StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), squared_error()))
 
 
 class PaperCNN(nn.Module):
@@ -64,11 +70,11 @@ class PaperCNN(nn.Module):
         return self.fc3(self.fc2(self.fc1(self.conv2(self.pool(self.conv1(x))))))
 
 
-def cnn() -> Case:
+def cnn(real: type) -> Case:
     torch.manual_seed(2)
     module = PaperCNN().double()
     x, target = torch.randn(2, 3, 10, 10).double(), torch.tensor([1, 3])
-    p = parameters(module)
+    p = parameters(module, real)
     vertices = [
         Vertex("conv1", ("x",), Function(Conv("conv1.0", p["conv1.0.weight"], None), ReLU())),
         Vertex("pool", ("conv1",), Function(MaxPool())),
@@ -78,7 +84,7 @@ def cnn() -> Case:
         Vertex("output", ("fc2",), Function(Linear("fc3", p["fc3.weight"], None))),
     ]
     nodes = ["conv1", "pool", "conv2", "fc1", "fc2", "fc3"]
-    return Case(module, x, target, "cross_entropy", nodes, StrictLoop({"x": x.numpy()}, vertices, target.numpy(), cross_entropy()))
+    return Case(module, x, target, "cross_entropy", nodes, StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), cross_entropy()))
 
 
 class ResidualNet(nn.Module):
@@ -98,7 +104,7 @@ class ResidualNet(nn.Module):
         return self.head(F.relu(x + y).flatten(1))
 
 
-def resnet() -> Case:
+def resnet(real: type) -> Case:
     torch.manual_seed(3)
     module = ResidualNet().double().eval()
     for bn in (module.bn1, module.bn2):
@@ -107,7 +113,7 @@ def resnet() -> Case:
         bn.running_mean.normal_()
         bn.running_var.uniform_(0.5, 2.0)
     x, target = torch.randn(2, 2, 4, 4).double(), torch.randn(2, 3).double()
-    p = parameters(module)
+    p = parameters(module, real)
     norm = [FrozenBatchNorm(b, p[f"{b}.weight"], p[f"{b}.bias"], p[f"{b}.running_mean"], p[f"{b}.running_var"], 1e-5) for b in ("bn1", "bn2")]
     vertices = [
         Vertex("stem", ("x",), Function(Conv("stem", p["stem.weight"], p["stem.bias"], padding=1), ReLU())),
@@ -116,7 +122,7 @@ def resnet() -> Case:
         Vertex("add", ("stem", "conv2"), Add(ReLU(), Flatten())),
         Vertex("output", ("add",), Function(Linear("head", p["head.weight"], p["head.bias"]))),
     ]
-    return Case(module, x, target, "squared_error", "layer", StrictLoop({"x": x.numpy()}, vertices, target.numpy(), squared_error()))
+    return Case(module, x, target, "squared_error", "layer", StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), squared_error()))
 
 
 class LastStepLSTM(nn.Module):
@@ -129,15 +135,15 @@ class LastStepLSTM(nn.Module):
         return self.head(self.lstm(x)[1][0][-1])
 
 
-def lstm(steps: int = 3) -> Case:
+def lstm(real: type, steps: int = 3) -> Case:
     torch.manual_seed(4)
     module = LastStepLSTM().double()
     x, target = torch.randn(2, steps, 3).double(), torch.randn(2, 2).double()
-    p = parameters(module)
-    clamped = {f"x{t}": x[:, t].numpy() for t in range(steps)} | {"h-1": np.zeros((2, 4)), "c-1": np.zeros((2, 4))}
+    p = parameters(module, real)
+    clamped = {f"x{t}": to_numpy(x[:, t], real) for t in range(steps)} | {"h-1": to_numpy(torch.zeros(2, 4), real), "c-1": to_numpy(torch.zeros(2, 4), real)}
     vertices = [v for t in range(steps) for v in lstm_cell(p, t)]
     vertices.append(Vertex("output", (name_of("h", steps - 1),), Function(Linear("head", p["head.weight"], p["head.bias"]))))
-    return Case(module, x, target, "squared_error", "layer", StrictLoop(clamped, vertices, target.numpy(), squared_error()))
+    return Case(module, x, target, "squared_error", "layer", StrictLoop(clamped, vertices, to_numpy(target, real), squared_error()))
 
 
 def name_of(part: str, t: int) -> str:

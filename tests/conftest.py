@@ -1,0 +1,42 @@
+"""Shared by all tests: seeds, hypothesis profiles, and a count of what was skipped."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+# "ci" draws the same examples at every run, and leaves the minutes of shrinking to HYPOTHESIS_PROFILE=explore, which looks for new ones.
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+PHASES = [Phase.explicit, Phase.generate]
+settings.register_profile("ci", derandomize=True, database=None, deadline=None, phases=PHASES, suppress_health_check=QUIET)
+settings.register_profile("explore", deadline=None, print_blob=True, suppress_health_check=QUIET)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64() -> object:
+    """New floating-point tensors and modules are float64 inside the test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = Counter(reason(report) for report in terminalreporter.stats.get("skipped", []))
+    terminalreporter.write_line(f"{sum(skipped.values())} skipped")
+    for text, count in sorted(skipped.items()):
+        terminalreporter.write_line(f"  {count} x {text}")
+
+
+def reason(report: pytest.TestReport) -> str:
+    return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
