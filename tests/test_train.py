@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pckernels import checkpoint, cli, data, plot
+from pckernels import checkpoint, cli, data, plot, training
 from pckernels.settings import TrainConfig, complete
 from pckernels.train import train
 
@@ -199,6 +199,29 @@ def test_stopping_after_some_batches_and_going_on_changes_nothing(tmp_path, stop
     assert [row[:4] for row in result.rows] == [row[:4] for row in whole.rows]
     assert (result.loss, result.accuracy) == (whole.loss, whole.accuracy)
     assert_same_run(tmp_path / "parts" / "pc", tmp_path / "whole" / "pc")
+
+
+def test_a_limit_at_the_end_of_an_epoch_ends_the_epoch(tmp_path):
+    config = TrainConfig(**QUICK)
+    train(dataclasses.replace(config, out=str(tmp_path / "epoch")), report=silent)
+    train(dataclasses.replace(config, out=str(tmp_path / "limit"), batches=6), report=silent)
+    assert_same_run(tmp_path / "limit" / "pc", tmp_path / "epoch" / "pc")
+
+
+def test_a_run_that_died_between_the_last_batch_of_an_epoch_and_its_end(tmp_path, monkeypatch):
+    config = TrainConfig(**{**QUICK, "checkpoint_every": 6}, epochs=1, batches=6)
+    train(dataclasses.replace(config, out=str(tmp_path / "whole")), report=silent)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    died = dataclasses.replace(config, out=str(tmp_path / "died"), resume=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training, "_end_epoch", die)
+        train(died, report=silent)
+    assert checkpoint.load(tmp_path / "died" / "pc.pt")["run"]["position"] == {"step": 6, "epoch": 0, "batch": 6}
+    train(died, report=silent)
+    assert_same_run(tmp_path / "died" / "pc", tmp_path / "whole" / "pc")
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
