@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
-from .coefficients import coefficients
-from .errors import InferenceDiverged
+from .errors import InferenceDiverged, Unsupported
+from .node_errors import Errors, PathLengths, closed_form, iterate
 from .node_graph import NodeGraph
-from .nodes import Edge
 from .rules import require_choice, require_fixed_prediction_rate, require_steps
 
 Tensors = Tensor | Sequence[Tensor]
@@ -56,11 +54,12 @@ def backward(
     There is no `create_graph`: the result has no graph of its own. Hooks run once, in the engine: those of a leaf
     (also post-accumulate-grad hooks and DDP's) see the local update, and what they return counts. A tensor hook or
     `retain_grad` on an intermediate tensor sees the feedback sum_j J_j^T eps_j that arrives there; unless one full sweep
-    is the answer, what it returns is not fed back. Checkpointed blocks (non-reentrant) are recomputed at each product.
+    is the answer, what it returns changes no error further up. Checkpointed blocks (non-reentrant) are recomputed at each product.
 
     Raises:
         TypeError, ValueError: an argument of wrong type or value.
-        Unsupported: errors would have to relax through a reentrant checkpoint or a compiled region.
+        Unsupported: errors would have to relax through a reentrant checkpoint or a compiled region, or a custom function
+            answers None at one call and a gradient at another.
         InferenceDiverged: an error is not finite after T steps. One full sweep does not check, as `loss.backward()` does not.
         RuntimeError: the graph has been freed by an earlier call.
         Whatever is raised, `.grad` of the leaves is as it was; existing gradients are copied for that.
@@ -89,9 +88,6 @@ def depth(loss: Tensor, output: Tensors | None = None) -> int:
     return NodeGraph(_require_loss(loss), _require_outputs(output)).depth
 
 
-Errors = dict[Edge, Tensor]  # in PyTorch's sign, dloss/d(output of a node); an edge that is absent has error 0
-
-
 def _relax(graph: NodeGraph, loss: Tensor, steps: int | None, rate: float, solver: str) -> Errors | None:
     """The errors that relax, after T steps; None where the closed form makes every one of them backprop's delta."""
     if steps is None and solver == "closed_form":
@@ -103,107 +99,13 @@ def _relax(graph: NodeGraph, loss: Tensor, steps: int | None, rate: float, solve
     graph.require_walkable()
     with torch.no_grad():
         seed = torch.ones_like(loss)
-        errors = _iterate(graph, seed, steps, rate) if lengths is None else _closed_form(graph, seed, lengths)
+        errors = iterate(graph, seed, steps, rate) if lengths is None else closed_form(graph, seed, lengths)
         _require_finite(errors, f"after {steps} steps at rate {rate}")
     return errors
 
 
 def _rounding(dtype: torch.dtype) -> float:
     return 1e-15 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
-
-
-class PathLengths:
-    """c_k(T) by path length, and which lengths need not be told apart.
-
-    The coefficients are cut into runs that are constant to rounding. A component of length k at a node above which it can
-    still gain h has coefficients c_k .. c_{k+h}; when these lie in one run, its first length stands for it.
-    """
-
-    def __init__(self, c: Sequence[float], tolerance: float) -> None:
-        self.c = [0.0 if abs(value) <= tolerance else value for value in c]
-        self.first = [0] * len(self.c)
-        for k in range(1, len(self.c)):
-            start = self.first[k - 1]
-            same = abs(self.c[k] - self.c[start]) <= tolerance and (self.c[k] == 0.0) == (self.c[start] == 0.0)
-            self.first[k] = start if same else k
-
-    @classmethod
-    def after(cls, steps: int, rate: float, longest: int, tolerance: float) -> "PathLengths":
-        """The lengths 0 .. longest after `steps` steps. At rate 1 what is within reach has arrived, however long ago."""
-        return cls(coefficients(min(steps, longest) if rate == 1.0 else steps, rate, longest), tolerance)
-
-    @property
-    def all_one(self) -> bool:
-        return self.first[-1] == 0  # c_0 = 1
-
-    def carried(self, length: int, remaining: int) -> int | None:
-        """The length to carry in place of `length`; None where its coefficients are 0 from here on."""
-        first = self.first[length]
-        if self.first[length + remaining] != first:
-            return length
-        return first if self.c[first] else None
-
-    def mix(self, parts: dict[int, Tensor]) -> Tensor | None:
-        """sum_k c_k(T) * the part of length k; None for 0."""
-        total = None
-        for length, part in parts.items():
-            scaled = part * self.c[length]
-            total = scaled if total is None else total + scaled
-        return total
-
-
-def _closed_form(graph: NodeGraph, seed: Tensor, lengths: PathLengths) -> Errors:
-    """The T-step errors from one sweep: delta split by path length, each part weighted with its c_k(T)."""
-    arrived: dict[Node, dict[int, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))  # node, length, output
-    arrived[graph.root[0]][0][graph.root[1]] = seed
-    errors: Errors = {}
-    for node in graph.order:
-        parts = arrived.pop(node, {})
-        for output in graph.relaxing(node):
-            error = lengths.mix({length: part[output] for length, part in parts.items() if output in part})
-            if error is not None:
-                errors[node, output] = error
-        for length, part in parts.items():
-            for (producer, output), gradient in graph.feedback(node, part):
-                carried = lengths.carried(length + graph.cost((producer, output)), graph.remaining[producer])
-                if carried is not None:
-                    _add(arrived[producer][carried], output, gradient)
-    return errors
-
-
-def _iterate(graph: NodeGraph, seed: Tensor, steps: int, rate: float) -> Errors:
-    """The T Jacobi steps themselves."""
-    errors: Errors = {}
-    for _ in range(steps):
-        drive = _drive(graph, seed, errors)
-        errors = {edge: _moved(errors.get(edge), drive.get(edge), rate) for edge in errors | drive}
-    return errors
-
-
-def _drive(graph: NodeGraph, seed: Tensor, errors: Errors) -> Errors:
-    """sum_j J_j^T eps_j at every edge that relaxes. What does not relax passes on what arrives, within the step."""
-    drive: Errors = {}
-    passing: dict[Node, dict[int, Tensor]] = defaultdict(dict, {graph.root[0]: {graph.root[1]: seed}})
-    for node in graph.order:
-        held = {output: errors[node, output] for output in graph.relaxing(node) if (node, output) in errors}
-        for edge, gradient in graph.feedback(node, passing.pop(node, {}) | held):
-            if graph.cost(edge):
-                _add(drive, edge, gradient)
-            else:
-                _add(passing[edge[0]], edge[1], gradient)
-    return drive
-
-
-def _moved(error: Tensor | None, drive: Tensor | None, rate: float) -> Tensor:
-    if error is None:
-        assert drive is not None
-        return rate * drive
-    return (1.0 - rate) * error if drive is None else (1.0 - rate) * error + rate * drive
-
-
-def _add(total: dict[Any, Tensor], key: Any, part: Tensor) -> None:
-    # Not in place: what a node returns may be its own argument or a view of it.
-    total[key] = total[key] + part if key in total else part
 
 
 def _require_finite(errors: Errors, when: str) -> None:
@@ -248,9 +150,11 @@ def _replace(own: dict[int, Tensor | None], arriving: tuple[Tensor | None, ...])
 
 
 def _own_error(error: Tensor | None, arriving: Tensor | None) -> Tensor | None:
-    if error is None and arriving is not None:
-        return torch.zeros_like(arriving)
-    return error
+    if arriving is not None:
+        return torch.zeros_like(arriving) if error is None else error
+    if error is None:
+        return None
+    raise Unsupported("A custom autograd.Function returned None where it had returned a gradient before; let it return zeros.")
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pckernels.autograd import PathLengths, backward, depth
+from pckernels.autograd import backward, depth
 from pckernels.coefficients import coefficients, largest
 from pckernels.errors import InferenceDiverged, Unsupported
+from pckernels.node_errors import PathLengths
+from pckernels.nodes import vjp
 
 STEPS = (0, 1, 5, 37, 200)
 RATES = (0.05, 0.3, 1.0, 1.5)
@@ -495,6 +497,25 @@ def test_one_output_of_a_node_with_several(solver):
     assert_close([got], [want.detach()], 1e-14)
 
 
+class Loose(torch.autograd.Function):
+    """Answers in another shape and dtype than its input's, which the engine allows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient.double() * (1 + 2j)).expand(2, 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_product_takes_its_producers_shape_and_dtype():
+    node = Loose.apply(torch.ones(3, requires_grad=True) * 2).grad_fn
+    (gradient,) = vjp(node, [torch.tensor([1.0, 2.0, 3.0])])
+    assert gradient.dtype == torch.float32 and gradient.tolist() == [2.0, 4.0, 6.0]
+
+
 def count_products(monkeypatch):
     import pckernels.node_graph as node_graph
 
@@ -745,6 +766,28 @@ def test_autocast_and_grad_scaler():
         assert_close(got, want, 12 * 2**-9)  # six bfloat16 roundings lie between the output and the first weight, in either sweep
         scaler.step(optimizer)
         scaler.update()
+
+
+class Watched(torch.autograd.Function):
+    """The identity. Notes the grad mode it is differentiated in, and sends its gradient on the first time alone."""
+
+    @staticmethod
+    def forward(ctx, x, modes):
+        ctx.modes = modes
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.modes.append(torch.is_grad_enabled())
+        return gradient if len(ctx.modes) == 1 else None, None
+
+
+def test_the_steps_build_no_graph_and_a_changing_answer_is_refused():
+    weight, modes = doubles(4).requires_grad_(), []
+    with pytest.raises(Unsupported, match="let it return zeros"):
+        backward(Watched.apply(weight * 2, modes).sum(), 3, 0.25, "iterate")
+    assert modes == [False] * 3  # two steps in which its own error is not 0, and the learning pass
+    assert weight.grad is None
 
 
 # Errors
