@@ -5,12 +5,17 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.pckernels-installed
 OUT := out
 
+# The tensors of the demo and of the tests are too small to be worth a second thread each.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
 .PHONY: demo test lint format clean
 
 demo: $(STAMP)
-	$(RUN) -m pckernels train cnn --data digits --learner both --epochs 30 --out $(OUT) --overwrite
-	$(RUN) -m pckernels verify cnn --plot $(OUT)/convergence.png --json $(OUT)/verify.json
-	@echo "Curves and plots are in ./$(OUT)"
+	$(RUN) -m pckernels train cnn --learner both --epochs 30 --out $(OUT) --overwrite
+	$(RUN) -m pckernels train cnn --rule strict --epochs 20 --optimizer adam --lr 0.001 --out $(OUT)/strict --overwrite
+	$(RUN) -m pckernels verify cnn resnet lstm --plot $(OUT)/convergence.png --json $(OUT)/verify.json
+	@echo "Figures: $$(echo $(OUT)/*.png $(OUT)/strict/*.png)"
 
 test: lint
 	$(RUN) -m pytest
