@@ -11,7 +11,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-import torch
 from oracle import strict_models
 from oracle.strict import StrictLoop, Trajectory
 from oracle.strict_models import Case

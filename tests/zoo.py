@@ -61,7 +61,9 @@ class ResidualBlock(nn.Module):
 
 
 def resnet() -> Example:
-    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), ResidualBlock(3), ResidualBlock(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), ResidualBlock(3), ResidualBlock(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)
+    )
     return Example(net.double(), (normal(3, 2, 5, 5),), normal(3, 4))
 
 
@@ -162,7 +164,9 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
-        self.three = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+        self.three = nn.Sequential(
+            nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()
+        )
         self.pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
         self.stem, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(7, 3)
 

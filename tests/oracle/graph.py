@@ -209,7 +209,7 @@ class Mistake:
     steps_short: int = 0
 
 
-def zero_divergence(graph: Graph, mistake: Mistake = Mistake()) -> Trajectory:  # noqa: B008 (frozen)
+def zero_divergence(graph: Graph, mistake: Mistake = Mistake()) -> Trajectory:
     """Strict dynamics at rate 1 on the levelled graph; a vertex at distance d learns after d updates, from fresh errors."""
     distance = graph.distances(mistake.longest)
     levels = levelled(graph, mistake.longest) if mistake.padding else graph

@@ -14,7 +14,6 @@ from random import Random
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 

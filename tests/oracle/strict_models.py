@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from oracle.layers import Add, Array, Cell, Conv, Flatten, FrozenBatchNorm, Function, Hidden, Layer, Linear, LinearSum
-from oracle.layers import MaxPool, ReLU, Sigmoid, Tanh
+from oracle.layers import (
+    Add,
+    Array,
+    Cell,
+    Conv,
+    Flatten,
+    FrozenBatchNorm,
+    Function,
+    Hidden,
+    Layer,
+    Linear,
+    LinearSum,
+    MaxPool,
+    ReLU,
+    Sigmoid,
+    Tanh,
+)
 from oracle.strict import StrictLoop, Vertex, cross_entropy, squared_error
 
 
@@ -51,7 +65,9 @@ def mlp(real: type, activation: str = "tanh") -> Case:
         Vertex("4", ("2",), Function(linear[2], layer())),
         Vertex("output", ("4",), Function(linear[3])),
     ]
-    return Case(module, x, target, "squared_error", "layer", StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), squared_error()))
+    return Case(
+        module, x, target, "squared_error", "layer", StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), squared_error())
+    )
 
 
 class PaperCNN(nn.Module):
@@ -84,7 +100,9 @@ def cnn(real: type) -> Case:
         Vertex("output", ("fc2",), Function(Linear("fc3", p["fc3.weight"], None))),
     ]
     nodes = ["conv1", "pool", "conv2", "fc1", "fc2", "fc3"]
-    return Case(module, x, target, "cross_entropy", nodes, StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), cross_entropy()))
+    return Case(
+        module, x, target, "cross_entropy", nodes, StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), cross_entropy())
+    )
 
 
 class ResidualNet(nn.Module):
@@ -114,7 +132,9 @@ def resnet(real: type) -> Case:
         bn.running_var.uniform_(0.5, 2.0)
     x, target = torch.randn(2, 2, 4, 4).double(), torch.randn(2, 3).double()
     p = parameters(module, real)
-    norm = [FrozenBatchNorm(b, p[f"{b}.weight"], p[f"{b}.bias"], p[f"{b}.running_mean"], p[f"{b}.running_var"], 1e-5) for b in ("bn1", "bn2")]
+    norm = [
+        FrozenBatchNorm(b, p[f"{b}.weight"], p[f"{b}.bias"], p[f"{b}.running_mean"], p[f"{b}.running_var"], 1e-5) for b in ("bn1", "bn2")
+    ]
     vertices = [
         Vertex("stem", ("x",), Function(Conv("stem", p["stem.weight"], p["stem.bias"], padding=1), ReLU())),
         Vertex("conv1", ("stem",), Function(Conv("conv1", p["conv1.weight"], None, padding=1), norm[0], ReLU())),
@@ -122,7 +142,9 @@ def resnet(real: type) -> Case:
         Vertex("add", ("stem", "conv2"), Add(ReLU(), Flatten())),
         Vertex("output", ("add",), Function(Linear("head", p["head.weight"], p["head.bias"]))),
     ]
-    return Case(module, x, target, "squared_error", "layer", StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), squared_error()))
+    return Case(
+        module, x, target, "squared_error", "layer", StrictLoop({"x": to_numpy(x, real)}, vertices, to_numpy(target, real), squared_error())
+    )
 
 
 class LastStepLSTM(nn.Module):
@@ -140,7 +162,10 @@ def lstm(real: type, steps: int = 3) -> Case:
     module = LastStepLSTM().double()
     x, target = torch.randn(2, steps, 3).double(), torch.randn(2, 2).double()
     p = parameters(module, real)
-    clamped = {f"x{t}": to_numpy(x[:, t], real) for t in range(steps)} | {"h-1": to_numpy(torch.zeros(2, 4), real), "c-1": to_numpy(torch.zeros(2, 4), real)}
+    clamped = {f"x{t}": to_numpy(x[:, t], real) for t in range(steps)} | {
+        "h-1": to_numpy(torch.zeros(2, 4), real),
+        "c-1": to_numpy(torch.zeros(2, 4), real),
+    }
     vertices = [v for t in range(steps) for v in lstm_cell(p, t)]
     vertices.append(Vertex("output", (name_of("h", steps - 1),), Function(Linear("head", p["head.weight"], p["head.bias"]))))
     return Case(module, x, target, "squared_error", "layer", StrictLoop(clamped, vertices, to_numpy(target, real), squared_error()))
@@ -160,5 +185,7 @@ def lstm_cell(p: dict[str, Array], t: int) -> list[Vertex]:
 
 def lstm_gate(p: dict[str, Array], row: int, part: str) -> LinearSum:
     rows = slice(4 * row, 4 * row + 4)
-    maps = [Linear("", p[f"lstm.weight_{k}_l0"], p[f"lstm.bias_{k}_l0"], f"lstm.weight_{k}_l0", f"lstm.bias_{k}_l0", rows) for k in ("ih", "hh")]
+    maps = [
+        Linear("", p[f"lstm.weight_{k}_l0"], p[f"lstm.bias_{k}_l0"], f"lstm.weight_{k}_l0", f"lstm.bias_{k}_l0", rows) for k in ("ih", "hh")
+    ]
     return LinearSum(maps, Tanh() if part == "g" else Sigmoid())
