@@ -5,6 +5,7 @@ traced. Recurrent layers of the shadow are unrolled (cells.py); hooks on the sha
 """
 
 import copy
+import logging
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -110,7 +111,18 @@ def _export(module: nn.Module, names: Sequence[str], example: Any, dynamic: Any)
     shadow = _Call(_shadow(module, names))
     with _tracing_state():
         program = torch.export.export(shadow, (args, kwargs), dynamic_shapes=(dynamic[0], dynamic[1]), strict=False)
-        return program.run_decompositions({aten.scaled_dot_product_attention.default: _attention})
+        if any(_must_be_rewritten(node) for node in program.graph.nodes):
+            program = program.run_decompositions({aten.scaled_dot_product_attention.default: _attention})
+        return program
+
+
+def _must_be_rewritten(node: fx.Node) -> bool:
+    """Whether an operation writes in place, updates a buffer or is to be taken apart. Rewriting takes as long as tracing."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        return True
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet is aten.scaled_dot_product_attention or (packet in (aten.batch_norm, aten.instance_norm) and bool(node.args[5]))
 
 
 def _export_for_this_batch(module: nn.Module, names: Sequence[str], args: Any, kwargs: Any) -> torch.export.ExportedProgram:
@@ -135,8 +147,10 @@ class _Call(nn.Module):
 @contextmanager
 def _tracing_state() -> Iterator[None]:
     # The traced graph must not depend on the caller's modes: those apply when the graph runs.
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    fastpath, shape_log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch.fx.experimental.symbolic_shapes")
     torch.backends.mha.set_fastpath_enabled(False)
+    level = shape_log.level
+    shape_log.setLevel(logging.CRITICAL)  # a failure is explained by the exception
     try:
         with (
             warnings.catch_warnings(),
@@ -149,6 +163,7 @@ def _tracing_state() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        shape_log.setLevel(level)
 
 
 def _attention(

@@ -114,7 +114,11 @@ class Dependence:
 def operation_name(node: fx.Node) -> str:
     """The operation's name as a reader knows it: linear, relu, add."""
     target = own_packet(node)
-    return getattr(target, "__name__", str(target)).split(".")[-1].strip("_")
+    name = getattr(target, "__name__", str(target)).split(".")[-1].strip("_")
+    return "batch_norm" if "batch_norm" in name else _READABLE.get(name, name)
+
+
+_READABLE = {"alias": "identity", "unsafe_view": "view", "dropout_mask": "dropout"}
 
 
 def _is_draw(node: fx.Node) -> bool:
