@@ -1,12 +1,15 @@
 """`pckernels.testing`: it passes what is right, fails what is wrong with a table, and changes nothing of the user's."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pckernels as pck
+from pckernels.coefficients import coefficients
+from pckernels.measure import Probe, gradient_errors, largest_error
 from pckernels.testing import assert_converges, assert_exact_gradient, bound
 
 RATES = (0.05, 0.3, 1.0, 1.5)
@@ -103,6 +106,13 @@ def test_errors_elsewhere_fail_with_a_table(monkeypatch: pytest.MonkeyPatch) -> 
     assert "<-" in str(caught.value)
 
 
+def test_the_bound_sees_the_twelfth_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, target = data(3, 2)
+    monkeypatch.setattr("pckernels.measure.coefficients", lambda *a: [c * (1 + 3e-12) for c in coefficients(*a)])
+    with pytest.raises(AssertionError, match=r"errors are not where c_k\(50\) puts them"):
+        assert_converges(chain(), x, target, rate=0.3, steps=50)
+
+
 def test_nothing_of_the_user_is_changed() -> None:
     x, z, target = data(3, 2, 2)
     module = Skip().double()
@@ -115,6 +125,23 @@ def test_nothing_of_the_user_is_changed() -> None:
     assert torch.equal(module.a.weight.grad, torch.ones_like(module.a.weight))
     assert all(parameter.grad is None for name, parameter in module.named_parameters() if name != "a.weight")
     assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_no_trial_sees_what_another_left() -> None:
+    x, z, target = data(3, 2, 2)
+    probe = Probe(Skip().double(), (x, z), target)
+    before, first = copy.deepcopy(probe.network.state_dict()), probe.gradients(pck.ZeroDivergence())
+    for trial in (probe.autograd_gradients, probe.live_gradients, probe.path_parts):
+        trial()
+        assert all(torch.equal(value, before[name]) for name, value in probe.network.state_dict().items())
+    assert gradient_errors(probe.gradients(pck.ZeroDivergence()), first) == dict.fromkeys(first, 0.0)
+
+
+def test_relative_errors_count_zero_and_missing_gradients() -> None:
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert gradient_errors({"a": zero, "b": one, "c": None}, {"a": zero, "b": zero, "c": one}) == {"a": 0.0, "b": math.inf, "c": math.inf}
+    assert gradient_errors({"a": None, "b": one}, {"a": None, "b": None}) == {"a": 0.0, "b": math.inf}
+    assert math.isnan(largest_error({"a": one, "b": one * math.nan}, {"a": one, "b": one}))
 
 
 def test_bad_arguments_are_those_of_the_rule() -> None:
