@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn as nn
 import zoo
 from oracle import dense, graph
 from oracle.compare import assert_all_equal, assert_equal, relative_error
 from oracle.graph import Graph, Mistake, Values
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import pckernels as pck
 
@@ -30,7 +34,7 @@ EXACT = {
 }
 
 
-def autograd(module: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+def autograd(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     names, parameters = zip(*module.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
@@ -129,3 +133,110 @@ def test_every_exact_rule_is_autograd_on_the_zoo(name: str) -> None:
         torch.manual_seed(1)
         network.backward(*example.inputs, target=example.target)
         assert_all_equal({key: p.grad for key, p in example.module.named_parameters()}, expected, 1e-12)
+
+
+class Odd(nn.Module):
+    """A function of (layers, x) that is easy to get wrong."""
+
+    def __init__(self, function: Callable[[Odd, Tensor], object]):
+        super().__init__()
+        self.function = function
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(self, x)
+
+    def start(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.a(x))
+
+
+def assign_in_place(m: Odd, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h[:, :2] = 0.5 * h[:, 2:].clone()
+    return m.b(h)
+
+
+def returned_twice(m: Odd, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = m.b(m.start(x))
+    return y, y
+
+
+def slice_and_tap(m: Odd, x: Tensor) -> tuple[Tensor, Tensor]:
+    h = m.start(x)
+    return h[:, :2], m.b(h)
+
+
+def square(m: Odd, x: Tensor) -> Tensor:
+    h = m.start(x)
+    return m.b(h * h)
+
+
+def stop_gradient(m: Odd, x: Tensor) -> Tensor:
+    h = m.start(x)
+    return m.b(h * torch.sigmoid(h.detach()))
+
+
+def dead_fork(m: Odd, x: Tensor) -> Tensor:
+    h = m.a(x)
+    m.c(h)
+    return m.b(torch.relu(h))
+
+
+def data_mask(m: Odd, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.b(torch.where(h > 0, h, 0.1 * h) * (h < 1))
+
+
+def recurrence(m: Odd, x: Tensor) -> Tensor:
+    h = m.start(x)
+    for _ in range(3):
+        h = h + torch.tanh(m.c(h))
+    return m.b(h)
+
+
+def batch_mean(m: Odd, x: Tensor) -> Tensor:
+    h = m.start(x)
+    return m.b(h - h.mean(0, keepdim=True))
+
+
+ODD: dict[str, Callable[[Odd, Tensor], object]] = {
+    "assigned in place": assign_in_place,
+    "returned twice": returned_twice,
+    "returned as a slice and used": slice_and_tap,
+    "returned beside an input": lambda m, x: (m.b(m.start(x)), x),
+    "returned beside None": lambda m, x: (m.b(m.start(x)), None),
+    "nested outputs": lambda m, x: {"o": (m.b(m.start(x)), {"z": m.c(x)})},
+    "a product with itself": square,
+    "a concatenation with itself": lambda m, x: torch.cat([m.b(m.start(x))] * 2, 1),
+    "unbound and stacked": lambda m, x: m.b(torch.stack(m.start(x).unbind(1)[::-1], 1)),
+    "a skip from the input": lambda m, x: m.b(x + m.start(x)),
+    "a weight used twice": lambda m, x: m.b(m.start(x) @ m.a.weight),
+    "a layer in a loop": recurrence,
+    "a gradient stopped": stop_gradient,
+    "a branch that leads nowhere": dead_fork,
+    "a mask from the data": data_mask,
+    "a quotient": lambda m, x: m.b(m.start(x) / (1 + m.c(x).exp())),
+    "samples mixed": batch_mean,
+    "the input alone": lambda m, x: m.b(torch.tanh(x)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("value_nodes", ["layer", "op"])
+def test_every_exact_rule_is_autograd_on_odd_functions(name: str, value_nodes: str) -> None:
+    module, x = Odd(ODD[name]).double(), torch.randn(3, 4).double()
+    leaves, structure = pytree.tree_flatten(module(x))
+    targets = [torch.randn_like(y) if isinstance(y, Tensor) else y for y in leaves]
+    pairs = [(y, t) for y, t in zip(leaves, targets, strict=True) if isinstance(y, Tensor)]
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    expected = torch.autograd.grad(sum(0.5 * ((y - t) ** 2).sum() for y, t in pairs), parameters, allow_unused=True)
+    network = pck.PCNetwork(module, rule=pck.ZeroDivergence(), reduction="sum", value_nodes=value_nodes)
+    depth = network.trace(x).depth
+    for rule in EXACT.values():
+        network.rule = rule(depth)
+        module.zero_grad()
+        network.backward(x, target=pytree.tree_unflatten(targets, structure))
+        for key, parameter, gradient in zip(names, parameters, expected, strict=True):
+            assert (parameter.grad is None) == (gradient is None), f"{key}: {parameter.grad} for {gradient}"
+            if gradient is not None:
+                assert_equal(parameter.grad, gradient, 1e-12, key)

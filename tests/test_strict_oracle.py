@@ -97,6 +97,23 @@ def test_values_errors_energies_and_gradients_equal_the_loop(name: str, dynamics
     expected.gradients({key: p.grad for key, p in case.module.named_parameters()})
 
 
+@pytest.mark.parametrize("rate", [0.3, 1.0, 1.6])
+@pytest.mark.parametrize("steps", [0, 2, 7])
+@pytest.mark.parametrize("solver", ["iterate", "closed_form"])
+@pytest.mark.parametrize("order", ["nested", "global"])
+def test_fixed_prediction_of_an_lstm_in_both_orders(order: str, solver: str, steps: int, rate: float) -> None:
+    """Nested: the last time step relaxes first, on its own; its final errors then drive the step before."""
+    case, network, _ = subject("lstm_3")
+    hidden = [vertex.name for vertex in case.oracle.hidden]
+    times = [[name for name in hidden if f".t{t}." in name] for t in (2, 1, 0)]
+    errors, gradients = case.oracle.fixed_prediction(steps, rate, times if order == "nested" else [hidden])
+    network.rule = pck.FixedPrediction(steps, rate, solver=solver, order=order)
+    case.module.zero_grad()
+    inference = network.backward(case.x, case.target)
+    compare_all(inference.errors, errors, errors, "error")
+    compare_all({key: p.grad for key, p in case.module.named_parameters()}, gradients, gradients, "gradient")
+
+
 def test_the_float64_loop_is_itself_within_1e_8() -> None:
     """What float64 costs the loop: beyond that the slack above would hide something."""
     for name in BUILDERS:

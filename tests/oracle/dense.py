@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -78,7 +79,7 @@ def by_paths(graph: Graph, steps: int, rate: float) -> Values:
     for u in graph.vertices:
         for path in paths(graph, u.name):
             carried = seeds[path[-1]].flatten()
-            for parent, child in reversed(list(zip(path, path[1:], strict=False))):
+            for parent, child in reversed(list(pairwise(path))):
                 carried = matrices[parent, child].T @ carried
             total[u.name] += binomial_tail(len(path) - 1, steps, rate) * carried
     return {name: e.reshape(v[name].shape) for name, e in total.items()}

@@ -75,6 +75,16 @@ class StrictLoop:
                 self._sweep(v, velocity, rate, momentum, sweep)
         return Trajectory(values, errors, energies, self._learn(v, errors[-1]))
 
+    def fixed_prediction(self, steps: int, rate: float, groups: Sequence[Sequence[str]]) -> tuple[dict[str, Array], Gradients]:
+        """Errors relax over the feed-forward pass, `steps` times in one group before the next starts; then weights learn."""
+        v = self._feed_forward()
+        eps = self._errors(v, self._predict(v))
+        for group in groups:
+            for _ in range(steps):
+                feedback = self._feedback(v, eps)
+                eps |= {name: eps[name] + rate * (feedback[name] - eps[name]) for name in group}
+        return eps, self._learn(v, eps)
+
     def _sweep(self, v: dict[str, Array], velocity: dict[str, Array], rate: float, momentum: float, sweep: str) -> None:
         for group in self._groups(sweep):
             eps = self._errors(v, self._predict(v))
