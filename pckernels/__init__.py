@@ -1,5 +1,7 @@
 """Predictive coding for PyTorch: any nn.Module learns by local updates, and every claim of exactness is a test."""
 
+from pckernels import nn, testing
+from pckernels.autograd import backward
 from pckernels.dispatch import Support, backends
 from pckernels.errors import InferenceDiverged, Unsupported
 from pckernels.network import Inference, PCNetwork
@@ -17,4 +19,7 @@ __all__ = [
     "ZeroDivergence",
     "__version__",
     "backends",
+    "backward",
+    "nn",
+    "testing",
 ]
