@@ -18,9 +18,9 @@ from torch import Tensor
 
 import pckernels as pck
 
-MODULES = 40
-CASES_PER_MODULE = 14
+MODULES = 60
 TOLERANCE = 1e-10
+LOST_BY_STRICT = 4096  # units of rounding: the interpreter subtracts predictions from values, and norms amplify what that loses
 cases = 0
 
 STRICT = [
@@ -75,7 +75,7 @@ def check(description: Description) -> None:
     check_graph(subject)
     for options in STRICT:
         found = subject.backward(pck.Strict(**options))
-        assert_trajectory(*found, graph.strict(subject.oracle, **options))
+        assert_trajectory(*found, graph.strict(subject.oracle, **options), LOST_BY_STRICT)
     for steps, rate in FIXED:
         expected = graph.fixed_prediction(subject.oracle, steps, rate)
         for solver in ("iterate", "closed_form"):
@@ -103,12 +103,12 @@ def check_graph(subject: Subject) -> None:
     assert sorted(vertex.distance for vertex in found.vertices) == expected, f"{found}\n{subject.oracle.distances()}"
 
 
-def assert_trajectory(inference: pck.Inference, gradients: dict[str, Tensor], expected: Trajectory) -> None:
+def assert_trajectory(inference: pck.Inference, gradients: dict[str, Tensor], expected: Trajectory, units: int = 16) -> None:
     energies = torch.tensor(expected.energies, dtype=torch.float64)
     assert_equal(inference.energy, energies, TOLERANCE, "energy")
     assert float(inference.loss) == pytest.approx(expected.energies[0], rel=1e-12)
     assert_same_sizes(inference.errors, expected.errors[-1])
-    assert_all_equal_up_to_cancellation(gradients, expected.gradients, TOLERANCE)
+    assert_all_equal_up_to_cancellation(gradients, expected.gradients, TOLERANCE, units)
 
 
 def assert_same_sizes(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
