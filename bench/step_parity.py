@@ -38,10 +38,7 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    convolutions = [nn.Conv2d(3, 6, 5, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5, bias=False), nn.ReLU(), nn.Flatten()]
-    return nn.Sequential(
-        *convolutions, nn.Linear(1600, 200, bias=False), nn.ReLU(), nn.Linear(200, 150, bias=False), nn.ReLU(), nn.Linear(150, 10, bias=False)
-    )
+    return pck.nn.CNNModule()
 
 
 class LSTM(nn.Module):
@@ -136,7 +133,8 @@ def main() -> None:
     results = []
     for name in arguments.cases:
         results.append(measure(name, arguments.repeats or (7 if name.startswith("lstm") else 200)))
-        print("{case:12s} autograd {autograd_ms:9.3f} ms   pc {pc_ms:9.3f} ms   ratio {ratio:.3f}   deviation {deviation:.1e}".format(**results[-1]))
+        line = "{case:12s} autograd {autograd_ms:9.3f} ms   pc {pc_ms:9.3f} ms   ratio {ratio:.3f}   deviation {deviation:.1e}"
+        print(line.format(**results[-1]))
     if arguments.json:
         about = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
         with open(arguments.json, "w") as file:

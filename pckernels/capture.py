@@ -257,7 +257,7 @@ def _read(program: torch.export.ExportedProgram) -> Captured:
 
 
 def _output_spec(program: torch.export.ExportedProgram) -> pytree.TreeSpec:
-    return program.call_spec.out_spec  # type: ignore[return-value]
+    return program.call_spec.out_spec
 
 
 def _read_input(captured: Captured, program: torch.export.ExportedProgram, spec: Any, placeholders: dict[str, fx.Node]) -> None:
@@ -303,7 +303,7 @@ def _check_operations(graph: fx.Graph) -> None:
         if node.op not in ("placeholder", "call_function", "output") or isinstance(node.target, torch._ops.HigherOrderOperator):
             raise Unsupported(
                 f"The operation {node.target} has no place in a computation graph. Inside forward use x.detach() in place of "
-                "torch.no_grad(), and plain operations in place of torch.cond and the like; or use pck.backward(loss), which needs no trace."
+                "torch.no_grad(), and plain operations in place of torch.cond; or use pck.backward(loss), which needs no trace."
             )
 
 
@@ -344,7 +344,8 @@ def _shortcut(node: fx.Node) -> fx.Node | None:
 
 
 def _whole_slice(node: fx.Node) -> fx.Node | None:
-    source, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    arguments = list(node.args) + [None, 0, None, None, 1][len(node.args) :]
+    source, start, end, step = arguments[0], arguments[2], arguments[3], arguments[4]
     return source if not start and end in (None, _LAST) and step == 1 else None  # type: ignore[return-value]
 
 
@@ -366,7 +367,7 @@ def _stacked(source: Any, dim: Any, index: Any) -> fx.Node | None:
         return None
     rank = source.meta["val"].dim()
     stack_dim = source.args[1] if len(source.args) > 1 else 0
-    if stack_dim % rank != dim % rank:  # type: ignore[operator]
+    if stack_dim % rank != dim % rank:
         return None
     return source.args[0][index]  # type: ignore[index,return-value]
 

@@ -4,6 +4,9 @@ Only the trace runs these: a shadow of the user's module takes one of the classe
 parameters. `mark` leaves the name of a value node in the captured graph and computes nothing.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,16 +23,13 @@ def mark(x: Tensor, name: str, time: int) -> Tensor:
     return torch.ops.pckernels.mark(x, name, time)
 
 
-Weights = tuple[Tensor | None, Tensor | None]  # a gate's (weight, bias)
-
-
-def _chunks(tensor: Tensor | None, gates: int) -> list[Tensor | None]:
-    # Gates as slices of one weight: each gate is a vertex with parameters of its own.
-    return [None] * gates if tensor is None else list(tensor.chunk(gates))
+Weights = tuple[Tensor, Tensor | None]  # a gate's (weight, bias)
 
 
 def _products(weight: Tensor, bias: Tensor | None, gates: int) -> list[Weights]:
-    return list(zip(_chunks(weight, gates), _chunks(bias, gates), strict=True))
+    # Gates as slices of one weight: each gate is a vertex with parameters of its own.
+    biases: Sequence[Tensor | None] = [None] * gates if bias is None else bias.chunk(gates)
+    return list(zip(weight.chunk(gates), biases, strict=True))
 
 
 def _apply(weights: Weights, x: Tensor) -> Tensor:
@@ -46,6 +46,10 @@ class _Cell:
         self.hidden = _products(w_hh, b_hh, self.gates)
         self.projection = w_hr
 
+    def step(self, x: Tensor, state: tuple[Tensor, ...], name: str, time: int) -> tuple[Tensor, ...]:
+        """The state after a time step, (h,) or (h, c), with its value nodes marked."""
+        raise NotImplementedError
+
     def drive(self, gate: int, x: Tensor, h: Tensor) -> Tensor:
         """The pre-activation of a gate: input and hidden products summed inside the gate."""
         return _apply(self.input[gate], x) + _apply(self.hidden[gate], h)
@@ -53,7 +57,7 @@ class _Cell:
 
 class _Elman(_Cell):
     gates = 1
-    activation = staticmethod(torch.tanh)
+    activation: Callable[[Tensor], Tensor] = staticmethod(torch.tanh)
 
     def step(self, x: Tensor, state: tuple[Tensor, ...], name: str, time: int) -> tuple[Tensor, ...]:
         return (mark(self.activation(self.drive(0, x, state[0])), f"{name}.h", time),)
@@ -100,8 +104,10 @@ def _cell_class(module: nn.Module) -> type[_Cell]:
 
 
 def _layer_cell(module: nn.RNNBase, suffix: str) -> _Cell:
-    names = [f"weight_ih_{suffix}", f"weight_hh_{suffix}", f"bias_ih_{suffix}", f"bias_hh_{suffix}", f"weight_hr_{suffix}"]
-    return _cell_class(module)(*[getattr(module, name, None) for name in names])
+    def part(kind: str) -> Any:
+        return getattr(module, f"{kind}_{suffix}", None)
+
+    return _cell_class(module)(part("weight_ih"), part("weight_hh"), part("bias_ih"), part("bias_hh"), part("weight_hr"))
 
 
 def _unroll(cell: _Cell, xs: list[Tensor], state: tuple[Tensor, ...], name: str, reverse: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -181,15 +187,15 @@ def call_name(shadow) -> str:  # type: ignore[no-untyped-def]
     return path if shadow.calls == 1 else f"{path}#{shadow.calls}"
 
 
-class _UnrolledRNN(_Unrolled, nn.RNN):
+class _UnrolledRNN(_Unrolled, nn.RNN):  # type: ignore[misc]
     pass
 
 
-class _UnrolledLSTM(_Unrolled, nn.LSTM):
+class _UnrolledLSTM(_Unrolled, nn.LSTM):  # type: ignore[misc]
     pass
 
 
-class _UnrolledGRU(_Unrolled, nn.GRU):
+class _UnrolledGRU(_Unrolled, nn.GRU):  # type: ignore[misc]
     pass
 
 
@@ -206,8 +212,9 @@ class _Single:
         if hx is None:
             zeros = x.new_zeros(*x.shape[:-1], self.hidden_size)  # type: ignore[attr-defined]
             hx = (zeros, zeros) if lstm else zeros
-        cell = _cell_class(self)(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)  # type: ignore
-        state = cell.step(x, hx if isinstance(hx, tuple) else (hx,), name, time)  # type: ignore[attr-defined]
+        module: Any = self
+        cell = _cell_class(module)(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+        state = cell.step(x, hx if isinstance(hx, tuple) else (hx,), name, time)
         return state if lstm else state[0]
 
 

@@ -117,8 +117,8 @@ class _Cutter:
         groups = {"body": piece.body, "value": piece.values, "weight": piece.weights, "constant": piece.constants}
         for node, group in self._walk(end, self._group_in_piece):
             groups[group].append(node)
-        for group in groups.values():
-            group.sort(key=self.order.__getitem__)
+        for nodes in groups.values():
+            nodes.sort(key=self.order.__getitem__)
         return piece
 
     def _walk(self, end: fx.Node, group_of: Callable[[fx.Node], str]) -> list[tuple[fx.Node, str]]:
@@ -180,7 +180,8 @@ class _Cutter:
 
     def _derive(self, node: fx.Node) -> str:
         if node.op != "placeholder" and node not in self.ends and node not in self.derived:
-            body, reads = [], []
+            body: list[fx.Node] = []
+            reads: list[fx.Node] = []
             for found, group in self._walk(node, self._group_in_weight if self.facts.is_weight(node) else self._group_in_constant):
                 (body if group == "body" else reads).append(found)
             body.sort(key=self.order.__getitem__)

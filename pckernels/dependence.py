@@ -12,7 +12,7 @@ from pckernels.expansion import HELD, NORMS, packet_of
 
 aten = torch.ops.aten
 
-_NORMS = {
+_NORMS: set[Any] = {
     aten.batch_norm,
     aten.layer_norm,
     aten.group_norm,

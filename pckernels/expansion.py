@@ -74,7 +74,8 @@ def expand(graph: fx.Graph, live_statistics: bool) -> None:
 
 
 def _expand_dropout(graph: fx.Graph, node: fx.Node, packet: Any) -> None:
-    x, p, training = node.args
+    arguments: tuple[Any, ...] = node.args
+    x, p, training = arguments
     if packet is aten.native_dropout:
         users = [user for user in node.users if user.args[1] == 0]
     else:

@@ -156,7 +156,7 @@ class ComputationGraph:
         return parent
 
     def __str__(self) -> str:
-        rows = [("vertex", "distance", "shape", "parents", "operations", "parameters")]
+        rows: list[tuple[str, ...]] = [("vertex", "distance", "shape", "parents", "operations", "parameters")]
         rows += [(name, "clamped", "", "", "", "") for name in self.inputs]
         rows += [_row(vertex) for vertex in self.vertices]
         widths = [min(48, max(len(row[k]) for row in rows)) for k in range(len(rows[0]))]

@@ -30,7 +30,7 @@ def check_target(loss: str, shape: Sequence[int], dtype: torch.dtype, target: An
     if loss == "squared_error":
         if not target.is_floating_point():
             raise TypeError(
-                f"target of {name!r} must be floating point for squared_error; got {target.dtype}. Convert it, as one-hot vectors if it holds classes."
+                f"target of {name!r} must be floating point for squared_error; got {target.dtype}. Convert it (classes to one-hot vectors)."
             )
         if tuple(target.shape) != tuple(shape):
             raise ValueError(f"target of {name!r} must have the output's shape {tuple(shape)}; got {tuple(target.shape)}.")
@@ -39,7 +39,7 @@ def check_target(loss: str, shape: Sequence[int], dtype: torch.dtype, target: An
             raise TypeError(f"target of {name!r} must be int64 class indices for cross_entropy; got {target.dtype}.")
         if tuple(target.shape) != tuple(shape[:-1]):
             raise ValueError(
-                f"target of {name!r} must have shape {tuple(shape[:-1])} (the logits' without the classes, which are last); got {tuple(target.shape)}."
+                f"target of {name!r} must have shape {tuple(shape[:-1])} (the logits' without the classes); got {tuple(target.shape)}."
             )
 
 

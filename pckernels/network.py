@@ -45,6 +45,8 @@ class PCNetwork(nn.Module):
         Unsupported: the backend is not available.
     """
 
+    module: nn.Module
+
     def __init__(
         self,
         module: nn.Module,

@@ -4,8 +4,8 @@ Each is a `PCNetwork` over a plain module of the same name (`MLPModule`, `CNNMod
 predictive coding: backprop trains the very same module, `network.module`.
 
 The networks of the paper learn as its experiments do unless told otherwise: fixed predictions at rate 0.1, squared error
-against one-hot targets, gradients summed over the batch (`reduction="sum"`). `MLP` is not of that paper, and keeps the batch mean. Every keyword of
-`PCNetwork` may be given to change that. The published code also multiplies its gradients by 4 to 8,
+against one-hot targets, gradients summed over the batch (`reduction="sum"`). `MLP` is not of that paper, and keeps the
+batch mean. Every keyword of `PCNetwork` may be given to change that. The published code also multiplies its gradients by 4 to 8,
 clamps them, and learns from errors one step old; none of that is done here.
 """
 

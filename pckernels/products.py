@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _WORTH = 2**21  # multiply-adds; below, the call costs more than it saves
 
@@ -25,7 +26,7 @@ _LINEAR = _onednn()
 
 def is_worth(rows: int, x: Tensor, weight: Tensor) -> bool:
     """Whether rows x inputs times inputs x outputs is large enough, and of a kind that oneDNN takes."""
-    return (
+    return bool(
         _LINEAR is not None
         and rows * weight.shape[0] * weight.shape[1] >= _WORTH
         and x.dtype == weight.dtype == torch.float32
@@ -42,27 +43,62 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+class _Operand:
+    """A weight that is used over and over in one call, as every time step of a recurrent network uses it.
+
+    oneDNN rearranges a weight before it multiplies. From the second use on, that is done once, for each direction.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.version = weight.detach(), weight._version
+        self.uses = [0, 0]
+        self.packed: list[Tensor | None] = [None, None]
+
+    def multiply(self, x: Tensor, bias: Tensor | None, backward: bool) -> Tensor:
+        """x W^T + b, or x W backward."""
+        if not is_worth(x.shape[0], x, self.weight):
+            return functional.linear(x, self.weight.t() if backward else self.weight, bias)
+        return _LINEAR(x, self._arranged(x.shape[0], backward), bias, "none", [], "")
+
+    def _arranged(self, rows: int, backward: bool) -> Tensor:
+        weight = self.weight.t() if backward else self.weight
+        self.uses[backward] += 1
+        if self.uses[backward] == 2:
+            self.packed[backward] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        packed = self.packed[backward]
+        return weight if packed is None else packed
+
+
+_OPERANDS: Any = WeakTensorKeyDictionary()  # as long-lived as the weights that a call reads
+
+
+def _operand(weight: Tensor) -> _Operand:
+    operand = _OPERANDS.get(weight)
+    if operand is None or operand.version != weight._version:
+        operand = _OPERANDS[weight] = _Operand(weight)
+    return operand
+
+
 class _Linear(torch.autograd.Function):
     """x W^T + b, whose vector-Jacobian product for x runs by the same library. W and b are constants."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return multiply(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, operand: _Operand, bias: Tensor | None) -> Tensor:
+        ctx.operand = operand
+        return operand.multiply(x.reshape(-1, x.shape[-1]), bias, False).reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
         (error,) = errors
         rows = error.reshape(-1, error.shape[-1])
-        return multiply(rows, weight.t()).reshape(*error.shape[:-1], -1), None, None
+        return ctx.operand.multiply(rows, None, True).reshape(*error.shape[:-1], -1), None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b with W and b constant, in a result that can be differentiated for: its weights learn by outer products."""
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    constant = None if bias is None else bias.detach()
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    z = _Linear.apply(x, weight, bias) if is_worth(rows, x, weight) else functional.linear(x, weight, bias)
+    z = _Linear.apply(x, _operand(weight), constant) if is_worth(rows, x, weight) else functional.linear(x, weight.detach(), constant)
     return z if z.requires_grad or not torch.is_grad_enabled() else z.requires_grad_()
 
 

@@ -1,6 +1,6 @@
 """When vertices move, and in which company: facts of the graph alone, for every backend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph, Vertex
@@ -51,14 +51,20 @@ def time_groups(graph: ComputationGraph) -> dict[str, int]:
     _assign(graph, graph.vertices[::-1], groups, lambda vertex: list(graph.children[vertex.name]), min)
     for vertex in graph.vertices:
         groups.setdefault(vertex.name, 0)
-        if any(groups[parent] > groups[vertex.name] for parent in graph.free_parents(vertex)):  # type: ignore[operator]
+        if any(groups[parent] > groups[vertex.name] for parent in graph.free_parents(vertex)):
             raise Unsupported(
                 'order="nested" runs back through time, which a bidirectional network has no direction for; use order="global".'
             )
-    return groups  # type: ignore[return-value]
+    return groups
 
 
-def _assign(graph: ComputationGraph, vertices: Sequence[Vertex], groups: dict, neighbours, choose) -> None:  # type: ignore[no-untyped-def,type-arg]
+def _assign(
+    graph: ComputationGraph,
+    vertices: Sequence[Vertex],
+    groups: dict[str, int],
+    neighbours: Callable[[Vertex], list[str]],
+    choose: Callable[[list[int]], int],
+) -> None:
     for vertex in vertices:
         known = [groups[name] for name in neighbours(vertex) if name in groups]
         if vertex.name not in groups and known:

@@ -99,7 +99,8 @@ def _run(args: argparse.Namespace) -> None:
     for config in configs:
         require_free(config)
     dataset = read_data(configs[0])
-    print(f"{configs[0].model} on {dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples. {dataset.note}".strip())
+    samples = f"{len(dataset.train):,} training and {len(dataset.test):,} test samples."
+    print(f"{configs[0].model} on {dataset.name}: {samples} {dataset.note}".strip())
     results = [train(config, dataset) for config in configs]
     _print_results(results)
     _write(args, results, dataset.note)

@@ -52,7 +52,7 @@ def assert_same(found, expected, tolerance=1e-12):
 
 
 def test_parameters_and_state_dict_are_the_modules_own(case):
-    module, x, target = case
+    module, *_ = case
     network = pck.PCNetwork(module, EXACT)
     assert list(network.state_dict()) == list(module.state_dict())
     assert [name for name, _ in network.named_parameters()] == [name for name, _ in module.named_parameters()]
@@ -63,7 +63,7 @@ def test_parameters_and_state_dict_are_the_modules_own(case):
 
 
 def test_forward_is_the_modules_own_and_records_gradients(case):
-    module, x, target = case
+    module, x, _ = case
     network = pck.PCNetwork(module, EXACT)
     assert torch.equal(network(x), module(x)) and network(x).requires_grad
 
@@ -132,6 +132,14 @@ def test_frozen_take_part_and_unused_keep_none(case):
     module.zero_grad()
     network.backward(x, target)
     assert module.block[0].weight.grad is not None
+
+
+def test_a_parameter_whose_error_has_not_arrived_gets_zeros(case):
+    module, x, target = case
+    for rule in (pck.FixedPrediction(0, 0.5), pck.Strict(1, 0.1), pck.FixedPrediction(1, 0.5, solver="iterate")):
+        module.zero_grad()
+        pck.PCNetwork(module, rule).backward(x, target)
+        assert not module.inner.weight.grad.any() and module.head.weight.grad.any() and module.unused.weight.grad is None
 
 
 def test_two_calls_add(case):
@@ -415,7 +423,9 @@ def _data_parallel(rank: int, folder: str, results) -> None:
     half = slice(2 * rank, 2 * rank + 2)
     network.backward(x[half], target[half])
     expected = autograd_gradients(module, x, target, 4.0)
-    errors = [float((p.grad - expected[name]).norm() / expected[name].norm()) for name, p in module.named_parameters() if p.grad is not None]
+    errors = [
+        float((p.grad - expected[name]).norm() / expected[name].norm()) for name, p in module.named_parameters() if p.grad is not None
+    ]
     results[rank] = (len(errors), max(errors))
     torch.distributed.destroy_process_group()
 

@@ -204,14 +204,14 @@ class Broken(nn.Module):
 
 
 def test_what_cannot_be_traced_gets_a_sentence():
-    with pytest.raises(pck.Unsupported, match="pck.backward"):
+    with pytest.raises(pck.Unsupported, match=r"pck\.backward"):
         graph_of(Branching(), torch.randn(2, 3))
     with pytest.raises(ValueError, match="rejects these inputs"):
         graph_of(Broken(), torch.randn(2, 3))
     with pytest.raises(ValueError, match="Did you mean 'conv"):
         pck.PCNetwork(Block(), pck.ZeroDivergence(), value_nodes=["conv"])
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 2, 2), [3, 2])
-    with pytest.raises((pck.Unsupported, TypeError), match="PackedSequence|tensor"):
+    with pytest.raises((pck.Unsupported, TypeError), match=r"PackedSequence|tensor"):
         pck.PCNetwork(nn.LSTM(2, 2), pck.ZeroDivergence(), batch_dim=1).infer(packed)
 
 

@@ -112,8 +112,8 @@ class Sweep:
         name = local.vertex.name
         for length, delta in components.items() if near else ():
             self.products += 1
-            for parent, result in feedback(local, delta, near).items():
-                self._send(parent, length + 1, result)
+            for parent, part in feedback(local, delta, near).items():
+                self._send(parent, length + 1, part)
         error = self.final[name] = self.error(name)
         wanted = self.learn.wanted(local) if self.learn else []
         results = vjp(local, error, [local.parents[p] for p in far] + wanted)
@@ -181,7 +181,7 @@ def sweep(bound: Bound, call: Call) -> Outcome:
         good=torch.stack([losses.sum(), *sums]).sum().isfinite(),
         complaint=lambda: complaint(call.dynamics, losses.sum()[None], errors(), None),
         plan=_description(call.dynamics, graph, swept),
-        gradients=updates.gradients(),
+        gradients=updates.gradients() if call.learn else {},
         updates=bound_updates(bound, call),
         history=_history(bound, call, plan, at_outputs) if call.record else None,
     )

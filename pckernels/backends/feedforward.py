@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pckernels.call import Call
 from pckernels.graph import ComputationGraph, Vertex
@@ -20,22 +22,26 @@ class Local:
         vertex: the vertex.
         mu: its prediction, which remembers how it was computed from `parents` and `weights` and from nothing else.
         parents: the free parents' values; clamped ones have no Jacobian.
-        taps: (input, output) of the products with a weight.
+        taps: of each product with a weight its input, and where autograd passes its output: the edge keeps no memory.
     """
 
     vertex: Vertex
     mu: Tensor
     parents: dict[str, Tensor]
-    taps: tuple[tuple[Tensor, Tensor], ...]
+    taps: tuple[tuple[Tensor, GradientEdge | None], ...]
 
 
-def vjp(local: Local, error: Tensor, wrt: Sequence[Tensor]) -> list[Tensor | None]:
+def vjp(local: Local, error: Tensor, wrt: Sequence[Tensor | GradientEdge | None]) -> list[Tensor | None]:
     """(d mu / d wrt)^T error, for one vertex alone."""
-    wanted = [tensor for tensor in wrt if tensor.requires_grad] if local.mu.requires_grad else []
+    wanted: Any = [place for place in wrt if _can_be_differentiated_for(place)] if local.mu.requires_grad else []
     if not wanted:
         return [None] * len(wrt)
     found = iter(torch.autograd.grad(local.mu, wanted, error, retain_graph=True, allow_unused=True))
-    return [next(found) if tensor.requires_grad else None for tensor in wrt]
+    return [next(found) if _can_be_differentiated_for(place) else None for place in wrt]
+
+
+def _can_be_differentiated_for(place: Tensor | GradientEdge | None) -> bool:
+    return place.requires_grad if isinstance(place, Tensor) else place is not None
 
 
 def feedback(local: Local, error: Tensor, parents: Iterable[str]) -> dict[str, Tensor]:
@@ -50,10 +56,11 @@ class Bound:
 
     def __init__(self, graph: ComputationGraph, call: Call):
         self.graph = graph
-        self.names = set(graph.inputs)
         self.environment: dict[str, object] = dict(call.tensors)
         self.sources = {name: tensor for name, tensor in call.tensors.items() if name in call.trace.parameters}
         self.weights: dict[str, Tensor] = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
+        read = {name for vertex in graph.vertices for name in vertex.parameters}
+        self.learning = [key for key, name in call.trace.parameters.items() if name in read and call.tensors[key].requires_grad]
         self.mu: dict[str, Tensor] = {}
         self.locals: dict[str, Local] = {}
         with torch.enable_grad():
@@ -89,7 +96,8 @@ class Bound:
         arguments = [parents[name] if name in parents else self.environment[name] for name in vertex.parents]
         arguments += [self.weights[name] for name in vertex.weights] + [self.environment[name] for name in vertex.constants]
         mu, taps = vertex.predict(*arguments)
-        return Local(vertex, mu if vertex.dtype in (None, mu.dtype) else mu.to(vertex.dtype), parents, taps)
+        edges = tuple((x.detach(), get_gradient_edge(z) if z.requires_grad else None) for x, z in taps)
+        return Local(vertex, mu if vertex.dtype in (None, mu.dtype) else mu.to(vertex.dtype), parents, edges)
 
 
 def _leaf(tensor: Tensor, free: bool) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from pckernels.backends.feedforward import Bound, Local, vjp
 from pckernels.products import outer_product
@@ -23,9 +24,10 @@ class LocalUpdates:
         self.outer: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.rows: dict[str, list[Tensor]] = {}
 
-    def wanted(self, local: Local) -> list[Tensor]:
+    def wanted(self, local: Local) -> list[Tensor | GradientEdge | None]:
         """What the vertex must be differentiated for, in order to learn."""
-        return [z if self._learns(names) else z.detach() for names, (_, z) in self._taps(local)] + self._others(local)
+        taps = [edge if self._learns(names) else None for names, (_, edge) in self._taps(local)]
+        return [*taps, *self._others(local)]
 
     def add(self, local: Local, results: list[Tensor | None], coefficient: float = 1.0) -> None:
         """Take the vector-Jacobian products of `wanted` with the vertex's error, times `coefficient`."""
@@ -50,14 +52,21 @@ class LocalUpdates:
             _accumulate(found, name, self._scaled_outer_product(errors, inputs))
         for name, rows in self.rows.items():
             _accumulate(found, name, _joined(rows, columns).sum(0) * self.factor)
-        return self._through_weight_expressions(found)
+        return self._with_zeros(self._through_weight_expressions(found))
+
+    def _with_zeros(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        # A parameter of the graph whose error has not arrived learns nothing, and says so, as loss.backward() would.
+        for name in self.bound.learning:
+            if name not in found:
+                found[name] = torch.zeros_like(self.bound.sources[name])
+        return found
 
     def _scaled_outer_product(self, errors: Tensor, inputs: Tensor) -> Tensor:
         if errors.shape[0] < inputs.shape[1]:
             return outer_product(errors * self.factor, inputs)
         return outer_product(errors, inputs) * self.factor
 
-    def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, Tensor]]]:
+    def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, GradientEdge | None]]]:
         return list(zip(local.vertex.taps, local.taps, strict=True))
 
     def _learns(self, names: tuple[str, str | None]) -> bool:
@@ -72,7 +81,7 @@ class LocalUpdates:
     def _add_product(self, weight: str, bias: str | None, x: Tensor, error: Tensor) -> None:
         rows = error.reshape(-1, error.shape[-1])
         if self.bound.weights[weight].requires_grad:
-            self.outer.setdefault(weight, []).append((rows, x.detach().reshape(-1, x.shape[-1])))
+            self.outer.setdefault(weight, []).append((rows, x.reshape(-1, x.shape[-1])))
         if bias is not None and self.bound.weights[bias].requires_grad:
             self.rows.setdefault(bias, []).append(rows)
 

@@ -138,7 +138,7 @@ def _relax_values(bound: Bound, call: Call) -> Outcome:
             updates.learn(state.locals[name], error)
     trajectory = torch.stack(energies)
     plan = f"strict dynamics, {dynamics.sweep} sweeps, {len(energies) - 1} steps over {len(graph.hidden)} value nodes"
-    return outcome(bound, call, start, state, trajectory, diverged(trajectory), updates.gradients(), history, plan)
+    return outcome(bound, call, start, state, trajectory, diverged(trajectory), updates.gradients() if call.learn else {}, history, plan)
 
 
 def _steps(dynamics: Dynamics, graph: ComputationGraph) -> int:
@@ -199,7 +199,9 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
         if history is not None:
             history.append(Frozen(bound, dict(learned)).snapshot(original))
     plan = f"literal zero-divergence dynamics, {graph.depth} steps, {len(graph) - len(original)} identity vertices"
-    return outcome(bound, call, start, Frozen(bound, learned), torch.stack(energies), None, updates.gradients(), history, plan)
+    return outcome(
+        bound, call, start, Frozen(bound, learned), torch.stack(energies), None, updates.gradients() if call.learn else {}, history, plan
+    )
 
 
 # Fixed prediction, step by step ------------------------------------------------
@@ -236,7 +238,7 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
     history = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
     order = "one time step after the other, " if dynamics.nested else ""
     plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes"
-    return outcome(bound, call, losses, frozen, torch.stack(squares), None, updates.gradients(), history, plan)
+    return outcome(bound, call, losses, frozen, torch.stack(squares), None, updates.gradients() if call.learn else {}, history, plan)
 
 
 def error_groups(graph: ComputationGraph, dynamics: Dynamics) -> list[list[str]]:

@@ -121,5 +121,6 @@ def complaint(dynamics: Dynamics, energies: Tensor, errors: Mapping[str, Tensor]
     sizes = {name: float(error.abs().max()) for name, error in errors.items() if error.numel()}
     worst = max(sizes, key=lambda name: float("inf") if sizes[name] != sizes[name] else sizes[name], default="output")
     if step == 0:
-        return f"The energy is not finite in the feed-forward pass (at {worst!r}). Look for NaN or infinity in the inputs, targets and parameters."
+        where = f"The energy is not finite in the feed-forward pass (at {worst!r})."
+        return f"{where} Look for NaN or infinity in the inputs, targets and parameters."
     return f"Inference diverged at step {step}, the largest error at {worst!r}. Use a smaller rate than {dynamics.rate:g}."
