@@ -80,7 +80,8 @@ def check(description: Description) -> None:
         expected = graph.fixed_prediction(subject.oracle, steps, rate)
         for solver in ("iterate", "closed_form"):
             found = subject.backward(pck.FixedPrediction(steps, rate, solver=solver))
-            assert_trajectory(*found, expected)
+            transient = max(1.0, 2 * rate - 1) ** steps  # errors overshoot this far before they decay
+            assert_trajectory(*found, expected, int(16 * transient))
     for solver in ("sweep", "iterate"):
         _, gradients = subject.backward(pck.ZeroDivergence(solver=solver))
         assert_all_equal_up_to_cancellation(gradients, subject.autograd(), TOLERANCE)
