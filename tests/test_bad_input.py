@@ -366,3 +366,21 @@ def test_bad_arguments_of_calls() -> None:
 def test_batch_dim_beyond_the_input() -> None:
     network = pck.PCNetwork(Classifier().double(), rule=pck.Strict(2, 0.1), batch_dim=5)
     assert_refused(lambda: network.backward(torch.randn(5, 4).double(), torch.randn(5, 3).double()), VALUE)
+
+
+def test_one_sample_has_no_batch_statistics() -> None:
+    """As in PyTorch, whose variance of a single value per channel is refused too; running statistics must not turn into NaN."""
+    network, optimizer, good = subject("classifier", "strict", "squared_error")
+    before = state_of(network, optimizer)
+    assert_refused(lambda: network.backward(good.inputs[0][:1], good.target[:1]), VALUE)
+    assert same(state_of(network, optimizer), before)
+
+
+def test_an_empty_batch_leaves_running_statistics_alone() -> None:
+    network, optimizer, good = subject("classifier", "strict", "squared_error")
+    before = state_of(network, optimizer)
+    inference = network.infer(good.inputs[0][:0], target=good.target[:0])
+    assert float(inference.energy.abs().sum()) == 0.0
+    after = state_of(network, optimizer)
+    after["tensors"]["norm.num_batches_tracked"] = before["tensors"]["norm.num_batches_tracked"]
+    assert same(after, before)
