@@ -46,6 +46,11 @@ def running_variance(x: Tensor, running: Tensor, momentum: float) -> Tensor:
     return running.lerp(variance.to(running.dtype), momentum)
 
 
+def assigned(old: Tensor, new: Tensor) -> Tensor:
+    """`new` in the shape and dtype of `old`."""
+    return new.to(old.dtype).expand_as(old)
+
+
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """0 or 1 / (1 - p) for each element: drawn as dropout itself draws, so that a seed means the same."""
     return functional.dropout(torch.ones_like(x), p, True)
@@ -67,10 +72,25 @@ def expand(graph: fx.Graph, live_statistics: bool) -> None:
         packet = packet_of(node)
         if packet in _DROPOUTS:
             _expand_dropout(graph, node, packet)
+        elif packet is aten.copy:
+            _expand_copy(graph, node)
         elif packet is _BATCH_NORM_TRAINING:
             _expand_batch_norm(graph, node, live_statistics)
         elif packet is aten.instance_norm and node.args[3] is not None and node.args[5]:
             raise Unsupported("InstanceNorm with track_running_stats=True in training mode is not supported. Call .eval(), or turn it off.")
+
+
+def _expand_copy(graph: fx.Graph, node: fx.Node) -> None:
+    """What an assignment in place leaves in a functional graph: the new content, in the shape and dtype of the old."""
+    old, new = node.args[0], node.args[1]
+    assert isinstance(old, fx.Node) and isinstance(new, fx.Node)
+    before, after = old.meta["val"], new.meta["val"]
+    if before.dtype == after.dtype and tuple(before.shape) == tuple(after.shape):
+        node.replace_all_uses_with(new)
+    else:
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(_call(graph, assigned, (old, new), node, old))
+    _erase_dead(graph, [node])
 
 
 def _expand_dropout(graph: fx.Graph, node: fx.Node, packet: Any) -> None:

@@ -183,14 +183,15 @@ def add_output_vertices(captured: Captured, facts: Dependence, ends: set[fx.Node
     outputs: list[fx.Node | None] = []
     for result in captured.outputs:
         carries = isinstance(result, fx.Node) and result in facts.floats
-        outputs.append(_output_node(captured, facts, result, outputs) if carries else None)
+        outputs.append(_output_node(captured, facts, result) if carries else None)
     ends.update(node for node in outputs if node is not None)
     return outputs
 
 
-def _output_node(captured: Captured, facts: Dependence, result: fx.Node, earlier: list[fx.Node | None]) -> fx.Node:
+def _output_node(captured: Captured, facts: Dependence, result: fx.Node) -> fx.Node:
     feeds_others = any(user.op != "output" and user in facts.values and user.target not in RUNNING for user in result.users)
-    if result.op != "placeholder" and not feeds_others and result not in earlier:
+    returned_once = sum(other is result for other in captured.outputs) == 1
+    if result.op != "placeholder" and not feeds_others and returned_once:
         return result
     with captured.graph.inserting_after(result):
         node = captured.graph.call_function(aten.alias.default, (result,))

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _WORTH = 2**21  # multiply-adds; below, the call costs more than it saves
+_WORTH_DIFFERENTIATING = 2**23  # likewise of a function that autograd must call back
 
 
 def _onednn() -> Any:
@@ -24,11 +25,11 @@ def _onednn() -> Any:
 _LINEAR = _onednn()
 
 
-def is_worth(rows: int, x: Tensor, weight: Tensor) -> bool:
+def is_worth(rows: int, x: Tensor, weight: Tensor, least: int = _WORTH) -> bool:
     """Whether rows x inputs times inputs x outputs is large enough, and of a kind that oneDNN takes."""
     return bool(
         _LINEAR is not None
-        and rows * weight.shape[0] * weight.shape[1] >= _WORTH
+        and rows * weight.shape[0] * weight.shape[1] >= least
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
@@ -98,7 +99,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b with W and b constant, in a result that can be differentiated for: its weights learn by outer products."""
     constant = None if bias is None else bias.detach()
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    z = _Linear.apply(x, _operand(weight), constant) if is_worth(rows, x, weight) else functional.linear(x, weight.detach(), constant)
+    fast = is_worth(rows, x, weight, _WORTH_DIFFERENTIATING)
+    z = _Linear.apply(x, _operand(weight), constant) if fast else functional.linear(x, weight.detach(), constant)
     return z if z.requires_grad or not torch.is_grad_enabled() else z.requires_grad_()
 
 

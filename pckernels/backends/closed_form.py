@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from pckernels.backends.feedforward import Bound, Local, feedback, vjp
+from pckernels.backends.feedforward import Bound, Local, Place, feedback, vjp_of_siblings
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.results import Frozen, Tensors, bound_updates, complaint, full_errors
 from pckernels.call import Call, Outcome, Snapshot
@@ -66,6 +66,19 @@ def _above(graph: ComputationGraph, groups: dict[str, int]) -> dict[str, int]:
     return above
 
 
+Siblings = tuple[str, ...]
+
+
+@lru_cache(maxsize=64)
+def siblings(graph: ComputationGraph) -> dict[str, Siblings]:
+    """For each vertex, the vertices with the same parents as it: a sweep may differentiate them together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for vertex in graph.vertices:
+        alone = (vertex.name,) if vertex.name in graph.outputs else ()
+        groups.setdefault((*alone, "", *vertex.parents), []).append(vertex.name)
+    return {name: tuple(names) for names in groups.values() for name in names}
+
+
 class Sweep:
     """One backward sweep: components, and errors, from the outputs up."""
 
@@ -78,50 +91,82 @@ class Sweep:
 
     def run(self, at_outputs: Tensors) -> None:
         self.components.update({name: {0: error} for name, error in at_outputs.items()})
+        waiting = {names: len(names) for names in siblings(self.graph).values()}
         for vertex in reversed(self.graph.vertices):
-            if vertex.name in self.components:
-                self._visit(self.bound.locals[vertex.name])
+            names = siblings(self.graph)[vertex.name]
+            waiting[names] -= 1
+            if waiting[names] == 0:  # the children of all of them have been visited
+                self._visit(names)
 
-    def _visit(self, local: Local) -> None:
-        name = local.vertex.name
-        components = self._simplified(name)
-        if not components:
-            del self.components[name]  # the error has not arrived after T steps
-            return
-        self.components[name] = components
-        near = [p for p in local.parents if self.plan.groups[p] == self.plan.groups[name] or name in self.graph.outputs]
-        far = [p for p in local.parents if p not in near]
-        if len(components) == 1:
-            ((length, delta),) = components.items()
-            self._visit_alone(local, length, delta, near, far)
-        else:
-            self._visit_mixture(local, components, near, far)
+    def _visit(self, names: Siblings) -> None:
+        arrived = [name for name in names if name in self.components]
+        for name in arrived:
+            self.components[name] = self._simplified(name)
+            if not self.components[name]:
+                del self.components[name]  # the error has not arrived after T steps
+        arrived = [name for name in arrived if name in self.components]
+        length = self._common_length(arrived)
+        if length is not None:
+            self._visit_alone(arrived, length)
+        elif arrived:
+            self._visit_mixtures(arrived)
 
-    def _visit_alone(self, local: Local, length: int, delta: Tensor, near: list[str], far: list[str]) -> None:
+    def _common_length(self, names: list[str]) -> int | None:
+        """The one path length of all components, or one that stands for all, since their coefficients are 1 from here up."""
+        lengths = {length for name in names for length in self.components[name]}
+        if not names or any(len(self.components[name]) > 1 for name in names):
+            return None
+        if len(lengths) == 1:
+            return lengths.pop()
+        alike = all(length + self.plan.above[name] <= self.plan.ones for name in names for length in self.components[name])
+        return max(lengths) if alike and self.merge else None
+
+    def _parents(self, names: list[str]) -> tuple[list[str], list[str]]:
+        """The parents that relax together with these vertices, and those of earlier time steps in nested order."""
+        groups = {self.plan.groups[name] for name in names if name not in self.graph.outputs}
+        parents = self.graph.free_parents(self.graph[names[0]])
+        near = [parent for parent in parents if not groups or groups == {self.plan.groups[parent]}]
+        return near, [parent for parent in parents if parent not in near]
+
+    def _visit_alone(self, names: list[str], length: int) -> None:
         """One component: everything from a single vector-Jacobian product, since all of it is linear in the error."""
         weight = self.plan.weight(length)
-        wanted = self.learn.wanted(local) if self.learn else []
-        results = vjp(local, delta, [local.parents[p] for p in [*near, *far]] + wanted)
-        self.products += 1
-        for parent, result in zip([*near, *far], results, strict=False):
+        near, far = self._parents(names)
+        deltas = [next(iter(self.components[name].values())) for name in names]
+        for parent, result in self._differentiate(names, deltas, [*near, *far], weight).items():
             self._send(parent, length + 1 if parent in near else 1, result if parent in near else _scaled(result, weight))
-        if self.learn and weight != 0.0:
-            self.learn.add(local, results[len(near) + len(far) :], weight)
 
-    def _visit_mixture(self, local: Local, components: Components, near: list[str], far: list[str]) -> None:
-        name = local.vertex.name
-        for length, delta in components.items() if near else ():
-            self.products += 1
-            for parent, part in feedback(local, delta, near).items():
-                self._send(parent, length + 1, part)
-        error = self.final[name] = self.error(name)
-        wanted = self.learn.wanted(local) if self.learn else []
-        results = vjp(local, error, [local.parents[p] for p in far] + wanted)
-        self.products += 1
-        for parent, result in zip(far, results, strict=False):
+    def _visit_mixtures(self, names: list[str]) -> None:
+        near, far = self._parents(names)
+        for name in names if near else ():
+            for length, delta in self.components[name].items():
+                self.products += 1
+                for parent, part in feedback(self.bound.locals[name], delta, near).items():
+                    self._send(parent, length + 1, part)
+        self.final.update({name: self.error(name) for name in names})
+        for parent, result in self._differentiate(names, [self.final[name] for name in names], far, 1.0).items():
             self._send(parent, 1, result)
-        if self.learn:
-            self.learn.add(local, results[len(far) :])
+
+    def _differentiate(self, names: list[str], errors: list[Tensor], parents: list[str], weight: float) -> dict[str, Tensor | None]:
+        """Feedback to the parents; on the way the vertices learn from their errors times `weight`."""
+        locals_ = [self.bound.locals[name] for name in names]
+        learn = self.learn if weight != 0.0 else None
+        wanted = [learn.wanted(local) for local in locals_] if learn else []
+        places = [self.bound.leaves[parent] for parent in parents]
+        results = vjp_of_siblings(locals_, errors, [*places, *(place for own in wanted for place in own)])
+        self.products += len(names)
+        start = len(parents)
+        if learn:
+            self._learn(learn, locals_, wanted, results[start:], weight)
+        return dict(zip(parents, results[:start], strict=True))
+
+    def _learn(
+        self, learn: LocalUpdates, locals_: list[Local], wanted: list[list[Place]], results: list[Tensor | None], weight: float
+    ) -> None:
+        start = 0
+        for local, own in zip(locals_, wanted, strict=True):
+            learn.add(local, results[start : start + len(own)], weight)
+            start += len(own)
 
     def _send(self, parent: str, length: int, part: Tensor | None) -> None:
         if part is not None:
@@ -170,7 +215,7 @@ def sweep(bound: Bound, call: Call) -> Outcome:
     swept.run(at_outputs)
     errors = _Lazy(lambda: full_errors(bound, {name: swept.error(name) for name in swept.components}))
     # A sum is finite only if every entry is; it reads each error once, many times faster than isfinite does.
-    sums = [part.sum() for components in swept.components.values() for part in components.values()]
+    parts = [part for name, own in swept.components.items() for part in ([swept.final[name]] if name in swept.final else own.values())]
     energies = _Lazy(partial(_energies, bound, call, plan, swept, losses, at_outputs, _versions(call)))
     return Outcome(
         losses=losses,
@@ -178,7 +223,7 @@ def sweep(bound: Bound, call: Call) -> Outcome:
         values=lambda: {name: Frozen(bound, errors()).value(name) for name in bound.mu},
         errors=errors,
         energy=energies,
-        good=torch.stack([losses.sum(), *sums]).sum().isfinite(),
+        good=torch.stack([tensor.sum() for tensor in (losses, *parts)]).sum().isfinite(),
         complaint=lambda: complaint(call.dynamics, losses.sum()[None], errors(), None),
         plan=_description(call.dynamics, graph, swept),
         gradients=updates.gradients() if call.learn else {},

@@ -31,16 +31,30 @@ class Local:
     taps: tuple[tuple[Tensor, GradientEdge | None], ...]
 
 
-def vjp(local: Local, error: Tensor, wrt: Sequence[Tensor | GradientEdge | None]) -> list[Tensor | None]:
+Place = Tensor | GradientEdge | None
+
+
+def vjp(local: Local, error: Tensor, wrt: Sequence[Place]) -> list[Tensor | None]:
     """(d mu / d wrt)^T error, for one vertex alone."""
-    wanted: Any = [place for place in wrt if _can_be_differentiated_for(place)] if local.mu.requires_grad else []
+    return _vjp([local.mu], [error], wrt)
+
+
+def vjp_of_siblings(locals_: Sequence[Local], errors: Sequence[Tensor], wrt: Sequence[Place]) -> list[Tensor | None]:
+    """The sum of (d mu_i / d wrt)^T error_i over vertices with the same parents, for a backward sweep."""
+    return _vjp([local.mu for local in locals_], errors, wrt)
+
+
+def _vjp(mu: Sequence[Tensor], errors: Sequence[Tensor], wrt: Sequence[Place]) -> list[Tensor | None]:
+    pairs = [(prediction, error) for prediction, error in zip(mu, errors, strict=True) if prediction.requires_grad]
+    wanted: Any = [place for place in wrt if _can_be_differentiated_for(place)] if pairs else []
     if not wanted:
         return [None] * len(wrt)
-    found = iter(torch.autograd.grad(local.mu, wanted, error, retain_graph=True, allow_unused=True))
+    outputs, seeds = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True))
     return [next(found) if _can_be_differentiated_for(place) else None for place in wrt]
 
 
-def _can_be_differentiated_for(place: Tensor | GradientEdge | None) -> bool:
+def _can_be_differentiated_for(place: Place) -> bool:
     return place.requires_grad if isinstance(place, Tensor) else place is not None
 
 
@@ -52,7 +66,11 @@ def feedback(local: Local, error: Tensor, parents: Iterable[str]) -> dict[str, T
 
 
 class Bound:
-    """A graph bound to the tensors of one call: feed-forward predictions `mu`, weights, and what the pass drew or measured."""
+    """A graph bound to the tensors of one call: feed-forward predictions `mu`, weights, and what the pass drew or measured.
+
+    The locals of the feed-forward pass start from one leaf for each value node, so that vertices with the same parents may be
+    differentiated in one go; each of their graphs still ends at its own parents.
+    """
 
     def __init__(self, graph: ComputationGraph, call: Call):
         self.graph = graph
@@ -62,6 +80,7 @@ class Bound:
         read = {name for vertex in graph.vertices for name in vertex.parameters}
         self.learning = [key for key, name in call.trace.parameters.items() if name in read and call.tensors[key].requires_grad]
         self.mu: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor] = {}
         self.locals: dict[str, Local] = {}
         with torch.enable_grad():
             for name in graph.schedule:
@@ -70,8 +89,9 @@ class Bound:
     def _compute(self, name: str) -> None:
         derived = self.graph.derived.get(name)
         if derived is None:
-            local = self.locals[name] = self.local(self.graph[name], self.mu)
-            self.mu[name] = local.mu.detach()
+            vertex = self.graph[name]
+            local = self.locals[name] = self._local(vertex, {parent: self.leaves[parent] for parent in self.graph.free_parents(vertex)})
+            self.mu[name], self.leaves[name] = local.mu.detach(), _leaf(local.mu, True)
         elif derived.kind == "weight":
             self._compute_weight(name)
         else:
@@ -91,8 +111,10 @@ class Bound:
         return self.weights[name] if name in self.weights else self.environment[name]
 
     def local(self, vertex: Vertex, values: Mapping[str, Tensor]) -> Local:
-        """The vertex's prediction at these values of its parents. Every vertex starts from leaves of its own."""
-        parents = {name: _leaf(values[name], True) for name in vertex.parents if name in self.graph}
+        """The vertex's prediction at these values of its free parents."""
+        return self._local(vertex, {name: _leaf(values[name], True) for name in self.graph.free_parents(vertex)})
+
+    def _local(self, vertex: Vertex, parents: dict[str, Tensor]) -> Local:
         arguments = [parents[name] if name in parents else self.environment[name] for name in vertex.parents]
         arguments += [self.weights[name] for name in vertex.weights] + [self.environment[name] for name in vertex.constants]
         mu, taps = vertex.predict(*arguments)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from pckernels.backends.feedforward import Bound, Local, vjp
+from pckernels.backends.feedforward import Bound, Local, Place, vjp
 from pckernels.products import outer_product
 
 
@@ -24,7 +24,7 @@ class LocalUpdates:
         self.outer: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.rows: dict[str, list[Tensor]] = {}
 
-    def wanted(self, local: Local) -> list[Tensor | GradientEdge | None]:
+    def wanted(self, local: Local) -> list[Place]:
         """What the vertex must be differentiated for, in order to learn."""
         taps = [edge if self._learns(names) else None for names, (_, edge) in self._taps(local)]
         return [*taps, *self._others(local)]
@@ -32,7 +32,7 @@ class LocalUpdates:
     def add(self, local: Local, results: list[Tensor | None], coefficient: float = 1.0) -> None:
         """Take the vector-Jacobian products of `wanted` with the vertex's error, times `coefficient`."""
         taps = self._taps(local)
-        for ((weight, bias), (x, _)), error in zip(taps, results, strict=False):
+        for ((weight, bias), (x, _)), error in zip(taps, results[: len(taps)], strict=True):
             if error is not None:
                 self._add_product(weight, bias, x, error * coefficient if coefficient != 1.0 else error)
         for name, result in zip(local.vertex.weights, results[len(taps) :], strict=True):
