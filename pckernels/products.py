@@ -104,8 +104,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return z if z.requires_grad or not torch.is_grad_enabled() else z.requires_grad_()
 
 
-def outer_product(errors: Tensor, inputs: Tensor) -> Tensor:
-    """errors^T inputs, summed over the rows: (outputs, inputs)."""
-    if errors.dtype == inputs.dtype and is_worth(errors.shape[1], errors, inputs):
-        return multiply(errors.t(), inputs.t())
-    return errors.t() @ inputs
+def outer_products(columns: Tensor, inputs: Tensor) -> Tensor:
+    """The sum of the outer products of errors and inputs: columns (outputs, samples) times inputs (samples, inputs)."""
+    if columns.dtype == inputs.dtype and is_worth(columns.shape[0], columns, inputs):
+        return multiply(columns, inputs.t())
+    return columns @ inputs

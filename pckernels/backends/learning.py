@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from pckernels.backends.feedforward import Bound, Local, Place, vjp
-from pckernels.products import outer_product
+from pckernels.products import outer_products
 
 
 class LocalUpdates:
@@ -46,12 +46,12 @@ class LocalUpdates:
     def gradients(self) -> dict[str, Tensor]:
         """Parameter in the graph -> the sum of its local updates, times -factor: the sign of ordinary PyTorch gradients."""
         found = {name: total * self.factor for name, total in self.sums.items()}
-        columns: dict[object, Tensor] = {}
+        known: dict[object, Tensor] = {}
         for name, pairs in self.outer.items():
-            errors, inputs = (_joined([pair[k] for pair in pairs], columns) for k in (0, 1))
-            _accumulate(found, name, self._scaled_outer_product(errors, inputs))
-        for name, rows in self.rows.items():
-            _accumulate(found, name, _joined(rows, columns).sum(0) * self.factor)
+            columns = _joined([error.t() for error, _ in pairs], 1, known)
+            _accumulate(found, name, self._scaled_outer_products(columns, _joined([x for _, x in pairs], 0, known)))
+        for name, errors in self.rows.items():
+            _accumulate(found, name, _joined([error.t() for error in errors], 1, known).sum(1) * self.factor)
         return self._with_zeros(self._through_weight_expressions(found))
 
     def _with_zeros(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,10 +61,10 @@ class LocalUpdates:
                 found[name] = torch.zeros_like(self.bound.sources[name])
         return found
 
-    def _scaled_outer_product(self, errors: Tensor, inputs: Tensor) -> Tensor:
-        if errors.shape[0] < inputs.shape[1]:
-            return outer_product(errors * self.factor, inputs)
-        return outer_product(errors, inputs) * self.factor
+    def _scaled_outer_products(self, columns: Tensor, inputs: Tensor) -> Tensor:
+        if columns.shape[1] < inputs.shape[1]:
+            return outer_products(columns * self.factor, inputs)
+        return outer_products(columns, inputs) * self.factor
 
     def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, GradientEdge | None]]]:
         return list(zip(local.vertex.taps, local.taps, strict=True))
@@ -102,13 +102,13 @@ class LocalUpdates:
         return direct
 
 
-def _joined(parts: list[Tensor], known: dict[object, Tensor]) -> Tensor:
+def _joined(parts: list[Tensor], dim: int, known: dict[object, Tensor]) -> Tensor:
     # Gates share their inputs, weights and biases their errors: each list is joined once.
     if len(parts) == 1:
         return parts[0]
     key = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
     if key not in known:
-        known[key] = torch.cat(parts)
+        known[key] = torch.cat(parts, dim)
     return known[key]
 
 
