@@ -145,14 +145,27 @@ class _Call(nn.Module):
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    # A failure is explained by the exception; torch would print tracebacks of its own beside it.
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def _tracing_state() -> Iterator[None]:
     # The traced graph must not depend on the caller's modes: those apply when the graph runs.
-    fastpath, shape_log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    level = shape_log.level
-    shape_log.setLevel(logging.CRITICAL)  # a failure is explained by the exception
     try:
         with (
+            _quiet(),
             warnings.catch_warnings(),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -163,7 +176,6 @@ def _tracing_state() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        shape_log.setLevel(level)
 
 
 def _attention(
@@ -380,12 +392,12 @@ def _explained(module: nn.Module, names: Sequence[str], example: Any, error: Exc
         return error
     own = _own_complaint(module, names, example)
     if own is not None:
-        kind = TypeError if any(word in str(own) for word in ("dtype", "scalar type", "data type")) else ValueError
+        kind = TypeError if isinstance(own, TypeError | AttributeError) or speaks_of_dtypes(own) else ValueError
         return kind(
-            f"{type(module).__name__} rejects these inputs: {_first_line(own)}. Pass inputs of the shape and dtype that its forward takes."
+            f"{type(module).__name__} rejects these inputs: {first_line(own)}. Pass inputs of the shape and dtype that its forward takes."
         )
     return Unsupported(
-        f"torch.export cannot capture {type(module).__name__}: {_first_line(error)}. Rewrite that operation without control flow on tensor "
+        f"torch.export cannot capture {type(module).__name__}: {first_line(error)}. Rewrite that operation without control flow on tensor "
         "values, or use pck.backward(loss), which works on any program that records gradients."
     )
 
@@ -395,19 +407,25 @@ def _own_complaint(module: nn.Module, names: Sequence[str], example: Any) -> Exc
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             args, kwargs = pytree.tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, example)
             _shadow(module, names)(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
-    except (RuntimeError, ValueError, TypeError, IndexError) as complaint:
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as complaint:
         return None if isinstance(complaint, NotImplementedError) else complaint
     except Exception:
         return None
     return None
 
 
-def _first_line(error: Exception) -> str:
+def speaks_of_dtypes(error: Exception) -> bool:
+    """Whether a message of torch's is about the dtype of a tensor."""
+    return any(word in str(error) for word in ("dtype", "scalar type", "data type"))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 

@@ -16,7 +16,9 @@ _BATCH_NORM_TRAINING = aten._native_batch_norm_legit_functional
 
 
 def batch_mean(x: Tensor) -> Tensor:
-    """The mean of each channel, (C,)."""
+    """The mean of each channel, (C,). Raises ValueError, as torch.nn.BatchNorm does, for one value a channel."""
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"BatchNorm in training mode needs several values for each channel; got shape {tuple(x.shape)}. Call .eval().")
     return x.mean([d for d in range(x.dim()) if d != 1])
 
 
@@ -36,12 +38,16 @@ def batch_norm_held(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean:
 
 
 def running_mean(x: Tensor, running: Tensor, momentum: float) -> Tensor:
-    """The running mean after this batch."""
+    """The running mean after this batch; an empty one leaves it."""
+    if x.numel() == 0:
+        return running
     return running.lerp(batch_mean(x).to(running.dtype), momentum)
 
 
 def running_variance(x: Tensor, running: Tensor, momentum: float) -> Tensor:
-    """The running variance after this batch; unbiased, as torch.nn.BatchNorm keeps it."""
+    """The running variance after this batch; unbiased, as torch.nn.BatchNorm keeps it. An empty one leaves it."""
+    if x.numel() == 0:
+        return running
     variance = x.var([d for d in range(x.dim()) if d != 1], correction=1)
     return running.lerp(variance.to(running.dtype), momentum)
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pckernels import dispatch
+from pckernels.arguments import Arguments, check_inputs, module_key
 from pckernels.call import Call, Outcome, Snapshot
+from pckernels.capture import first_line, speaks_of_dtypes
 from pckernels.deposit import deposit
+from pckernels.dispatch import Run
 from pckernels.errors import InferenceDiverged
 from pckernels.graph import ComputationGraph, Trace, trace
 from pckernels.losses import Loss, check_loss
@@ -137,6 +139,8 @@ class PCNetwork(nn.Module):
         The last positional argument is the target when there are more of them than forward requires; say target=None to
         pass optional inputs by position without a target.
         """
+        if not isinstance(record, bool):
+            raise TypeError(f"record must be True or False; got {type(record).__name__}.")
         if target is _MISSING:
             required = max(1, _required(_unwrapped(self.module)))
             inputs, target = (args[:-1], args[-1]) if len(args) > required else (args, None)
@@ -168,7 +172,7 @@ class PCNetwork(nn.Module):
 
     def _trace(self, arguments: Arguments) -> Trace:
         module = _unwrapped(self.module)
-        key = (arguments.key, _module_key(module), self.rule.exact)
+        key = (arguments.key, module_key(module), self.rule.exact)
         found = self._traces.get(key) or self._traces.get((key, arguments.size))
         if found is None:
             check_inputs(module, arguments)
@@ -196,10 +200,10 @@ class PCNetwork(nn.Module):
         with torch.inference_mode(False):
             arguments = Arguments(args, kwargs, self.batch_dim)
             traced = self._trace(arguments)
-            objective = None if target is None else Objective(self.loss, traced, target, arguments.size, self.check == "sync")
+            objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync")
             divisor = (arguments.size or 1) if self.reduction == "mean" else 1
             call = Call(traced, _tensors(traced, module, arguments), objective, self.rule.dynamics, learn, record, scale / divisor)
-            outcome = run(call)
+            outcome = _explaining(module, run, call)
             self._check(outcome)
             if optimizer is not None:
                 optimizer.zero_grad()
@@ -320,61 +324,19 @@ def _required(module: nn.Module) -> int:
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
 
 
-class Arguments:
-    """The arguments of one call, flattened.
-
-    Attributes:
-        size: the batch size, that of the first tensor with a dimension `batch_dim`; None without one.
-        key: what a trace depends on: structure, dtypes, devices, and every size but the batch's.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int):
-        self.args, self.kwargs, self.batch_dim = args, kwargs, batch_dim
-        self.leaves, spec = pytree.tree_flatten((args, kwargs))
-        self.size = next((leaf.shape[batch_dim] for leaf in self.tensors if leaf.dim() > batch_dim), None)
-        self.key = (spec, tuple(self._leaf_key(leaf) for leaf in self.leaves))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-
-    def _leaf_key(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return repr(leaf)
-        shape = list(leaf.shape)
-        if len(shape) > self.batch_dim and shape[self.batch_dim] == self.size:
-            shape[self.batch_dim] = -1
-        return (*shape, leaf.dtype, leaf.device)
-
-
-def _module_key(module: nn.Module) -> Any:
-    """What a trace depends on in a module: its layers and their modes, and its parameters but for their values."""
-    layers = [(type(layer), layer.training) for layer in module.modules()]
-    return (tuple(layers), tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in module.parameters()))
-
-
-def check_inputs(module: nn.Module, arguments: Arguments) -> None:
-    """Raise unless the arguments fit the module's signature and device, and carry a batch."""
+def _explaining(module: nn.Module, run: Run, call: Call) -> Outcome:
+    """Run a call; where torch refuses the inputs only now, by their dtype or by an index, say so as a trace would."""
     try:
-        inspect.signature(module.forward).bind(*arguments.args, **arguments.kwargs)
-    except TypeError as error:
-        raise TypeError(f"{type(module).__name__}.forward cannot take these inputs: {error}.") from None
-    if not arguments.tensors:
-        raise TypeError(f"{type(module).__name__} needs at least one tensor as input.")
-    if arguments.size is None:
-        raise ValueError(f"No input has a dimension {arguments.batch_dim} for the batch; give inputs with a batch, or another batch_dim.")
-    for tensor in arguments.tensors:
-        _check_tensor(module, tensor)
-
-
-def _check_tensor(module: nn.Module, tensor: Tensor) -> None:
-    if tensor.is_complex():
-        raise TypeError("Complex inputs are not supported; pass real and imaginary parts as two inputs.")
-    if tensor.is_sparse:
-        raise TypeError("Sparse inputs are not supported; pass x.to_dense().")
-    parameter = next(module.parameters(), None)
-    if parameter is not None and tensor.device != parameter.device:
-        raise ValueError(f"An input is on {tensor.device}, the module on {parameter.device}. Move one with .to(device).")
+        return run(call)
+    except IndexError as error:
+        raise ValueError(
+            f"{type(module).__name__} rejects these inputs: {first_line(error)}. Look for an index that is out of range."
+        ) from error
+    except RuntimeError as error:
+        if type(error) is RuntimeError and speaks_of_dtypes(error):
+            text = f"{type(module).__name__} rejects these inputs: {first_line(error)}."
+            raise TypeError(f"{text} Pass inputs of the dtype that its forward takes.") from error
+        raise
 
 
 def _tensors(traced: Trace, module: nn.Module, arguments: Arguments) -> dict[str, Tensor]:

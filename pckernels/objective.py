@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pckernels.arguments import Arguments
 from pckernels.graph import Trace
 from pckernels.losses import Loss, check_classes, check_target, losses_and_errors
 
@@ -19,16 +20,19 @@ class Objective:
     L is the loss summed over the batch. Outputs whose target is None carry no loss and have no error.
     """
 
-    def __init__(self, loss: Loss, traced: Trace, target: Any, size: int | None, check_values: bool):
-        self.loss, self.trace, self.target = loss, traced, _clamp(target)
+    def __init__(self, loss: Loss, traced: Trace, target: Any, arguments: Arguments, check_values: bool):
+        self.loss, self.trace, self.target, self.size = loss, traced, _clamp(target), arguments.size
+        for leaf in pytree.tree_leaves(target):
+            if isinstance(leaf, Tensor) and leaf.device != arguments.device:
+                raise ValueError(f"A target is on {leaf.device}, the inputs on {arguments.device}. Move one with .to(device).")
         if isinstance(loss, str):
             self.targets = _matched(traced, self.target)
             for name, leaf in self.targets.items():
-                self._check(loss, name, leaf, size, check_values)
+                self._check(loss, name, leaf, check_values)
 
-    def _check(self, loss: str, name: str, target: Any, size: int | None, check_values: bool) -> None:
+    def _check(self, loss: str, name: str, target: Any, check_values: bool) -> None:
         vertex = self.trace.graph[name]
-        shape = self.trace.output_shape(name, size)
+        shape = self.trace.output_shape(name, self.size)
         if loss == "cross_entropy" and not shape:
             raise ValueError(f"cross_entropy needs logits with the classes last; {name!r} has no dimension.")
         check_target(loss, shape, vertex.dtype or torch.float32, target, name)
@@ -58,7 +62,7 @@ class Objective:
         results = [leaves[where] if kind == "vertex" else where if kind == "constant" else None for kind, where in self.trace.results]
         with torch.enable_grad():
             losses = self.loss(pytree.tree_unflatten(results, self.trace.output_spec), self.target)  # type: ignore[operator]
-            _check_losses(losses)
+            _check_losses(losses, self.size)
             gradients = (
                 torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
                 if losses.requires_grad
@@ -67,13 +71,13 @@ class Objective:
         return losses.detach(), {name: -gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
 
 
-def _check_losses(losses: Any) -> None:
+def _check_losses(losses: Any, size: int | None) -> None:
     if not isinstance(losses, Tensor):
         raise TypeError(f"The loss function must return a tensor (B,); got {type(losses).__name__}.")
-    if losses.dim() != 1 or not losses.is_floating_point():
-        raise ValueError(
-            f"The loss function must return one floating-point loss for each sample, (B,); got shape {tuple(losses.shape)}, {losses.dtype}."
-        )
+    if not losses.is_floating_point():
+        raise TypeError(f"The loss function must return floating-point losses; got {losses.dtype}.")
+    if losses.dim() != 1 or (size is not None and len(losses) != size):
+        raise ValueError(f"The loss function must return one loss for each of the {size} samples; got shape {tuple(losses.shape)}.")
 
 
 def _matched(traced: Trace, target: Any) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def sweep(bound: Bound, call: Call) -> Outcome:
         errors=errors,
         energy=energies,
         good=torch.stack([tensor.sum() for tensor in (losses, *parts)]).sum().isfinite(),
-        complaint=lambda: complaint(call.dynamics, losses.sum()[None], errors(), None),
+        complaint=lambda: complaint(bound, call.dynamics, losses.sum()[None], errors(), None),
         plan=_description(call.dynamics, graph, swept),
         gradients=updates.gradients() if call.learn else {},
         updates=bound_updates(bound, call),

@@ -91,7 +91,7 @@ def outcome(
         errors=lambda: {name: error for name, error in full_errors(bound, state.errors).items() if name in call.trace.graph},
         energy=lambda: energies,
         good=good,
-        complaint=partial(complaint, call.dynamics, energies, state.errors, divergence),
+        complaint=partial(complaint, bound, call.dynamics, energies, state.errors, divergence),
         plan=plan,
         gradients=gradients,
         updates=bound_updates(bound, call),
@@ -114,8 +114,12 @@ def diverged(energies: Tensor) -> Tensor:
     return growing & (size > 1e3 * (size[0] + 1.0))
 
 
-def complaint(dynamics: Dynamics, energies: Tensor, errors: Mapping[str, Tensor], divergence: Tensor | None) -> str:
+def complaint(bound: Bound, dynamics: Dynamics, energies: Tensor, errors: Mapping[str, Tensor], divergence: Tensor | None) -> str:
     """In words: which step, which vertex, and what to do."""
+    infinite = next((name for name, mu in bound.mu.items() if not mu.isfinite().all()), None)
+    if infinite is not None:
+        where = f"The feed-forward prediction of {infinite!r} is not finite."
+        return f"{where} Look for NaN or infinity in the inputs and parameters, or for a value node on a mask of -inf (value_nodes)."
     bad = ~energies.isfinite() if divergence is None else ~energies.isfinite() | divergence
     step = int(bad.nonzero()[0]) if bad.any() else len(energies) - 1
     sizes = {name: float(error.abs().max()) for name, error in errors.items() if error.numel()}

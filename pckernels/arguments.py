@@ -1,0 +1,71 @@
+"""The arguments of one call: flattened, checked, and what a trace depends on in them and in the module."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class Arguments:
+    """The arguments of one call, flattened.
+
+    Attributes:
+        size: the batch size, that of the first tensor with a dimension `batch_dim`; None without one.
+        key: what a trace depends on: structure, dtypes, devices, and every size but the batch's.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int):
+        self.args, self.kwargs, self.batch_dim = args, kwargs, batch_dim
+        self.leaves, spec = pytree.tree_flatten((args, kwargs))
+        self.size = next((leaf.shape[batch_dim] for leaf in self.tensors if leaf.dim() > batch_dim), None)
+        self.key = (spec, tuple(self._leaf_key(leaf) for leaf in self.leaves))
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def _leaf_key(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return repr(leaf)
+        shape = list(leaf.shape)
+        if len(shape) > self.batch_dim and shape[self.batch_dim] == self.size:
+            shape[self.batch_dim] = -1
+        return (*shape, leaf.dtype, leaf.device)
+
+
+def module_key(module: nn.Module) -> Any:
+    """What a trace depends on in a module: its layers and their modes, and its parameters but for their values."""
+    layers = [(type(layer), layer.training) for layer in module.modules()]
+    return (tuple(layers), tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in module.parameters()))
+
+
+def check_inputs(module: nn.Module, arguments: Arguments) -> None:
+    """Raise unless the arguments fit the module's signature and device, and carry a batch."""
+    try:
+        inspect.signature(module.forward).bind(*arguments.args, **arguments.kwargs)
+    except TypeError as error:
+        raise TypeError(f"{type(module).__name__}.forward cannot take these inputs: {error}.") from None
+    if not arguments.tensors:
+        raise TypeError(f"{type(module).__name__} needs at least one tensor as input.")
+    if arguments.size is None:
+        raise ValueError(f"No input has a dimension {arguments.batch_dim} for the batch; give inputs with a batch, or another batch_dim.")
+    for tensor in arguments.tensors:
+        _check_tensor(module, tensor)
+
+
+def _check_tensor(module: nn.Module, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise TypeError("Complex inputs are not supported; pass real and imaginary parts as two inputs.")
+    if tensor.is_sparse:
+        raise TypeError("Sparse inputs are not supported; pass x.to_dense().")
+    parameter = next(module.parameters(), None)
+    if parameter is not None and tensor.device != parameter.device:
+        raise ValueError(f"An input is on {tensor.device}, the module on {parameter.device}. Move one with .to(device).")
