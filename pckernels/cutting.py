@@ -156,6 +156,7 @@ class _Cutter:
             weights=tuple(self._derive(weight) for weight in piece.weights),
             constants=tuple(self._derive(constant) for constant in piece.constants),
             taps=tuple(self._tap(node) for node in products),
+            direct=tuple(self._key(weight) for weight in piece.weights if set(weight.users) & set(piece.body) - set(products)),
             batch_axis=_batch_axis(shape),
         )
 

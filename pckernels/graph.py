@@ -37,6 +37,7 @@ class Vertex:
             weight, so that the local update of all uses of a weight is one sum of outer products.
         weights: names of the weights that `predict` reads; constants: likewise, the rest (sizes, masks, buffers).
         taps: the (weight, bias or None) names of each tap.
+        direct: the weights that `predict` reads outside of those products.
         batch_axis: the axis of its value that is the batch, or None where samples are folded into another axis.
         dtype: of its value; under autocast the prediction is cast to it.
     """
@@ -53,6 +54,7 @@ class Vertex:
     weights: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     taps: tuple[tuple[str, str | None], ...] = ()
+    direct: tuple[str, ...] = ()
     batch_axis: int | None = None
     dtype: torch.dtype | None = None
 

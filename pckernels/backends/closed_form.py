@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from pckernels.backends.feedforward import Bound, Local, Place, feedback, vjp_of_siblings
+from pckernels.backends.feedforward import Bound, Local, Place, feedback, vjp_of_several
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.results import Frozen, Tensors, bound_updates, complaint, full_errors
 from pckernels.call import Call, Outcome, Snapshot
@@ -36,6 +36,8 @@ class Plan:
     above: dict[str, int]
     ones: int  # c_k(T) is 1 to rounding for every k up to this
     zeros: int  # c_k(T) is 0 to rounding for every k from this on
+    lengths: dict[str, int] | None = None  # where one path length stands for all of a vertex's: those; then one sweep is enough
+    merged: bool = False  # whether it stands for several
 
     @property
     def c(self) -> list[float]:
@@ -54,7 +56,24 @@ def make_plan(graph: ComputationGraph, dynamics: Dynamics, dtype: torch.dtype) -
     rounding = torch.finfo(dtype).eps / 2
     ones = next((k - 1 for k, c in enumerate(rows[-1]) if abs(c - 1.0) > rounding), len(rows[-1]) - 1)
     zeros = next((k + 1 for k in range(len(rows[-1]) - 1, -1, -1) if abs(rows[-1][k]) > rounding), 0)
-    return Plan(rows, groups, _above(graph, groups), ones, zeros)
+    plan = Plan(rows, groups, _above(graph, groups), ones, zeros)
+    if not dynamics.nested:
+        plan.lengths, plan.merged = _single_lengths(graph, plan)
+    return plan
+
+
+def _single_lengths(graph: ComputationGraph, plan: Plan) -> tuple[dict[str, int] | None, bool]:
+    """Each vertex's one path length, or one that stands for all since their coefficients are 1 (or 0) from there up."""
+    found: dict[str, int] = {}
+    merged = False
+    for vertex in reversed(graph.vertices):
+        lengths = {found[child] + 1 for child in graph.children[vertex.name]} or {0}
+        alike = all(k + plan.above[vertex.name] <= plan.ones for k in lengths) or all(k >= plan.zeros for k in lengths)
+        if len(lengths) > 1 and not alike:
+            return None, False
+        merged = merged or len(lengths) > 1
+        found[vertex.name] = max(lengths)
+    return found, merged
 
 
 def _above(graph: ComputationGraph, groups: dict[str, int]) -> dict[str, int]:
@@ -88,6 +107,27 @@ class Sweep:
         self.final: Tensors = {}  # errors that more than one component makes up
         self.products = 0
         self.merged = False
+
+    def run_at_once(self, at_outputs: Tensors, lengths: dict[str, int]) -> None:
+        """Every vertex's only component from one pass over the connected graph."""
+        self.merged = self.plan.merged
+        arrived = [v.name for v in self.graph.vertices if lengths[v.name] < self.plan.zeros and v.name not in at_outputs]
+        learning = [name for name in (*at_outputs, *arrived) if self.learn and self.plan.weight(lengths[name]) != 0.0]
+        wanted = [self.learn.wanted(self.bound.locals[name]) for name in learning] if self.learn else []
+        places = [self.bound.leaves[name] for name in arrived]
+        outputs = [self.bound.locals[name] for name in at_outputs]
+        targets = [*places, *(place for own in wanted for place in own)]
+        results = vjp_of_several(outputs, list(at_outputs.values()), targets, again=False)
+        self.products = len(at_outputs) + len(arrived)
+        self.components.update({name: {0: error} for name, error in at_outputs.items()})
+        for name, delta in zip(arrived, results, strict=False):
+            if delta is not None:
+                self.components[name] = {lengths[name]: delta}
+        start = len(arrived)
+        for name, own in zip(learning, wanted, strict=True):
+            assert self.learn is not None
+            self.learn.add(self.bound.locals[name], results[start : start + len(own)], self.plan.weight(lengths[name]))
+            start += len(own)
 
     def run(self, at_outputs: Tensors) -> None:
         self.components.update({name: {0: error} for name, error in at_outputs.items()})
@@ -155,7 +195,7 @@ class Sweep:
         learn = self.learn if weight != 0.0 else None
         wanted = [learn.wanted(local) for local in locals_] if learn else []
         places = [self.bound.leaves[parent] for parent in parents]
-        results = vjp_of_siblings(locals_, errors, [*places, *(place for own in wanted for place in own)])
+        results = vjp_of_several(locals_, errors, [*places, *(place for own in wanted for place in own)])
         self.products += len(names)
         start = len(parents)
         if learn:
@@ -206,15 +246,19 @@ def _scaled(part: Tensor | None, weight: float) -> Tensor | None:
     return part if part is None or weight == 1.0 else part * weight
 
 
-def sweep(bound: Bound, call: Call) -> Outcome:
+def sweep(call: Call) -> Outcome:
     """FixedPrediction by its closed form; ZeroDivergence in one sweep."""
     assert call.objective is not None
-    graph = bound.graph
+    graph = call.trace.graph
+    plan = make_plan(graph, call.dynamics, _dtype(graph))
+    bound = Bound(graph, call, connected=plan.lengths is not None)
     losses, at_outputs = call.objective({name: bound.mu[name] for name in graph.outputs})
-    plan = make_plan(graph, call.dynamics, losses.dtype)
     updates = LocalUpdates(bound, call.factor)
     swept = Sweep(bound, plan, True, updates if call.learn else None)
-    swept.run(at_outputs)
+    if plan.lengths is not None:
+        swept.run_at_once(at_outputs, plan.lengths)
+    else:
+        swept.run(at_outputs)
     errors = _Lazy(lambda: full_errors(bound, {name: swept.error(name) for name in swept.components}))
     # A sum is finite only if every entry is; it reads each error once, many times faster than isfinite does.
     parts = [part for name, own in swept.components.items() for part in ([swept.final[name]] if name in swept.final else own.values())]
@@ -232,6 +276,11 @@ def sweep(bound: Bound, call: Call) -> Outcome:
         updates=bound_updates(bound, call),
         history=_history(bound, call, plan, at_outputs) if call.record else None,
     )
+
+
+def _dtype(graph: ComputationGraph) -> torch.dtype:
+    """In which 0 and 1 are told from what is near them: the outputs', or float32 where that is narrower."""
+    return torch.promote_types(graph[graph.outputs[0]].dtype or torch.float32, torch.float32)
 
 
 class _Lazy:
@@ -267,13 +316,15 @@ def _energies(bound: Bound, call: Call, plan: Plan, swept: Sweep, losses: Tensor
                 "The energy of this closed form was not computed in its one sweep, and the parameters have moved since. "
                 'Read .energy before the optimizer steps, call infer(x, target).energy, or use solver="iterate".'
             )
-        swept = _unmerged(bound, plan, at_outputs)
+        swept = _unmerged(bound, call, plan, at_outputs)
     return _energies_of(bound.graph, plan, swept, losses)
 
 
-def _unmerged(bound: Bound, plan: Plan, at_outputs: Tensors) -> Sweep:
-    swept = Sweep(bound, plan, False, None)
+def _unmerged(bound: Bound, call: Call, plan: Plan, at_outputs: Tensors) -> Sweep:
+    """The sweep with every path length by itself, over a feed-forward pass with the same draws."""
     with torch.enable_grad():
+        again = Bound(bound.graph, call, held=bound.environment) if bound.connected else bound
+        swept = Sweep(again, plan, False, None)
         swept.run(at_outputs)
     return swept
 
@@ -300,7 +351,7 @@ def _energies_on_arrival(graph: ComputationGraph, swept: Sweep, losses: Tensor) 
 
 
 def _history(bound: Bound, call: Call, plan: Plan, at_outputs: Tensors) -> list[Snapshot]:
-    swept = _unmerged(bound, plan, at_outputs)
+    swept = _unmerged(bound, call, plan, at_outputs)
     history = []
     for t, row in enumerate(plan.rows):
         if call.dynamics.learn_on_arrival:

@@ -23,12 +23,14 @@ class Local:
         mu: its prediction, which remembers how it was computed from `parents` and `weights` and from nothing else.
         parents: the free parents' values; clamped ones have no Jacobian.
         taps: of each product with a weight its input, and where autograd passes its output: the edge keeps no memory.
+        direct: the weights read outside of those products.
     """
 
     vertex: Vertex
     mu: Tensor
     parents: dict[str, Tensor]
     taps: tuple[tuple[Tensor, GradientEdge | None], ...]
+    direct: tuple[Tensor, ...]
 
 
 Place = Tensor | GradientEdge | None
@@ -39,18 +41,18 @@ def vjp(local: Local, error: Tensor, wrt: Sequence[Place]) -> list[Tensor | None
     return _vjp([local.mu], [error], wrt)
 
 
-def vjp_of_siblings(locals_: Sequence[Local], errors: Sequence[Tensor], wrt: Sequence[Place]) -> list[Tensor | None]:
-    """The sum of (d mu_i / d wrt)^T error_i over vertices with the same parents, for a backward sweep."""
-    return _vjp([local.mu for local in locals_], errors, wrt)
+def vjp_of_several(locals_: Sequence[Local], errors: Sequence[Tensor], wrt: Sequence[Place], again: bool = True) -> list[Tensor | None]:
+    """The sum of (d mu_i / d wrt)^T error_i over vertices, for a backward sweep; `again`: whether another may follow."""
+    return _vjp([local.mu for local in locals_], errors, wrt, again)
 
 
-def _vjp(mu: Sequence[Tensor], errors: Sequence[Tensor], wrt: Sequence[Place]) -> list[Tensor | None]:
+def _vjp(mu: Sequence[Tensor], errors: Sequence[Tensor], wrt: Sequence[Place], again: bool = True) -> list[Tensor | None]:
     pairs = [(prediction, error) for prediction, error in zip(mu, errors, strict=True) if prediction.requires_grad]
     wanted: Any = [place for place in wrt if _can_be_differentiated_for(place)] if pairs else []
     if not wanted:
         return [None] * len(wrt)
     outputs, seeds = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, seeds, retain_graph=again, allow_unused=True))
     return [next(found) if _can_be_differentiated_for(place) else None for place in wrt]
 
 
@@ -69,12 +71,14 @@ class Bound:
     """A graph bound to the tensors of one call: feed-forward predictions `mu`, weights, and what the pass drew or measured.
 
     The locals of the feed-forward pass start from one leaf for each value node, so that vertices with the same parents may be
-    differentiated in one go; each of their graphs still ends at its own parents.
+    differentiated in one go; each of their graphs still ends at its own parents. With `connected` they start from the
+    predictions themselves: one graph of the whole pass, for a sweep in one go.
     """
 
-    def __init__(self, graph: ComputationGraph, call: Call):
-        self.graph = graph
-        self.environment: dict[str, object] = dict(call.tensors)
+    def __init__(self, graph: ComputationGraph, call: Call, connected: bool = False, held: Mapping[str, object] | None = None):
+        """`held`: what an earlier pass of the same call drew and measured, to be used again."""
+        self.graph, self.connected = graph, connected
+        self.environment: dict[str, object] = {**call.tensors, **(held or {})}
         self.sources = {name: tensor for name, tensor in call.tensors.items() if name in call.trace.parameters}
         self.weights: dict[str, Tensor] = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
         read = {name for vertex in graph.vertices for name in vertex.parameters}
@@ -91,12 +95,18 @@ class Bound:
         if derived is None:
             vertex = self.graph[name]
             local = self.locals[name] = self._local(vertex, {parent: self.leaves[parent] for parent in self.graph.free_parents(vertex)})
-            self.mu[name], self.leaves[name] = local.mu.detach(), _leaf(local.mu, True)
+            self.mu[name], self.leaves[name] = local.mu.detach(), self._start(local)
         elif derived.kind == "weight":
             self._compute_weight(name)
-        else:
+        elif name not in self.environment:
             with torch.no_grad():
                 self.environment[name] = derived.compute(*[self._constant(read) for read in derived.reads])
+
+    def _start(self, local: Local) -> Tensor:
+        """Where the children of a vertex start from."""
+        if not self.connected or not local.mu.requires_grad:
+            return _leaf(local.mu, True)
+        return local.mu
 
     def _compute_weight(self, name: str) -> None:
         derived = self.graph.derived[name]
@@ -116,10 +126,20 @@ class Bound:
 
     def _local(self, vertex: Vertex, parents: dict[str, Tensor]) -> Local:
         arguments = [parents[name] if name in parents else self.environment[name] for name in vertex.parents]
-        arguments += [self.weights[name] for name in vertex.weights] + [self.environment[name] for name in vertex.constants]
+        weights = {name: self.weights[name] for name in vertex.weights}
+        if self.connected:  # each vertex learns by itself what it reads, so it reads an alias of its own
+            weights.update({name: weights[name].view_as(weights[name]) for name in vertex.direct})
+        arguments += [*weights.values()] + [self.environment[name] for name in vertex.constants]
         mu, taps = vertex.predict(*arguments)
+        mu = mu.view_as(mu) if any(mu is parent for parent in parents.values()) else mu
         edges = tuple((x.detach(), get_gradient_edge(z) if z.requires_grad else None) for x, z in taps)
-        return Local(vertex, mu if vertex.dtype in (None, mu.dtype) else mu.to(vertex.dtype), parents, edges)
+        return Local(
+            vertex,
+            mu if vertex.dtype in (None, mu.dtype) else mu.to(vertex.dtype),
+            parents,
+            edges,
+            tuple(weights[n] for n in vertex.direct),
+        )
 
 
 def _leaf(tensor: Tensor, free: bool) -> Tensor:

@@ -27,7 +27,7 @@ class LocalUpdates:
     def wanted(self, local: Local) -> list[Place]:
         """What the vertex must be differentiated for, in order to learn."""
         taps = [edge if self._learns(names) else None for names, (_, edge) in self._taps(local)]
-        return [*taps, *self._others(local)]
+        return [*taps, *local.direct]
 
     def add(self, local: Local, results: list[Tensor | None], coefficient: float = 1.0) -> None:
         """Take the vector-Jacobian products of `wanted` with the vertex's error, times `coefficient`."""
@@ -35,7 +35,7 @@ class LocalUpdates:
         for ((weight, bias), (x, _)), error in zip(taps, results[: len(taps)], strict=True):
             if error is not None:
                 self._add_product(weight, bias, x, error * coefficient if coefficient != 1.0 else error)
-        for name, result in zip(local.vertex.weights, results[len(taps) :], strict=True):
+        for name, result in zip(local.vertex.direct, results[len(taps) :], strict=True):
             if result is not None:
                 self._add(name, result * coefficient if coefficient != 1.0 else result)
 
@@ -71,9 +71,6 @@ class LocalUpdates:
 
     def _learns(self, names: tuple[str, str | None]) -> bool:
         return any(name is not None and self.bound.weights[name].requires_grad for name in names)
-
-    def _others(self, local: Local) -> list[Tensor]:
-        return [self.bound.weights[name] for name in local.vertex.weights]
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value

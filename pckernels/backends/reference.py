@@ -33,8 +33,7 @@ def run(call: Call) -> Outcome:
         if dynamics.moves == "values":
             relax = _arrive if dynamics.learn_on_arrival else _relax_values
             return relax(Bound(graph.levelled() if dynamics.learn_on_arrival else graph, call), call)
-        bound = Bound(graph, call)
-        return sweep(bound, call) if dynamics.closed_form else _relax_errors(bound, call)
+        return sweep(call) if dynamics.closed_form else _relax_errors(Bound(graph, call), call)
 
 
 # One step of predictive coding ----------------------------------------------
