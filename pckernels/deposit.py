@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def deposit(module: nn.Module, gradients: Sequence[tuple[Tensor, Tensor]], good: Tensor | None = None) -> None:
+def deposit(module: nn.Module, parameters: Sequence[Tensor], gradients: list[Tensor], good: Tensor | None = None) -> None:
     """Add each gradient to its parameter's `.grad`, all at once or, if a hook raises, none.
 
-    With `good`, a device flag, zeros are added where it is False.
+    The list of gradients is emptied: where nobody else holds one, it becomes the `.grad` without a copy. With `good`, a
+    device flag, zeros are added where it is False.
     """
-    if not gradients:
+    if not parameters:
         return
-    parameters = [parameter for parameter, _ in gradients]
-    values = [value if good is None else torch.where(good, value, 0.0) for _, value in gradients]
+    if good is not None:
+        gradients[:] = [torch.where(good, gradient, 0.0) for gradient in gradients]
     before = [(parameter, parameter.grad, None if parameter.grad is None else parameter.grad.clone()) for parameter in _hooked(parameters)]
     try:
         with torch.enable_grad():
-            torch.autograd.backward(_roots(module, parameters), values)
+            torch.autograd.backward(_root(module, parameters, gradients))
     except BaseException:
         for parameter, grad, copy in before:
             if grad is not None and copy is not None:
@@ -35,24 +37,39 @@ def _hooked(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return parameters if hooked else ()
 
 
-def _roots(module: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """An alias of each parameter: the engine's backward through it is exactly one accumulation into `.grad`."""
-    aliases = _Aliases(parameters)
+def _root(module: nn.Module, parameters: Sequence[Tensor], gradients: list[Tensor]) -> Tensor:
+    """A scalar whose backward, run by the engine, is exactly one accumulation into each parameter's `.grad`."""
+    giver = _Giver(parameters, gradients)
     if not isinstance(module, nn.parallel.DistributedDataParallel):
-        return aliases()
+        return giver.forward()
     # The wrapper expects gradients only behind a forward of its own: give it one that computes nothing.
     inner = module.module
-    module.module = aliases
+    module.module = giver
     try:
         return module()
     finally:
         module.module = inner
 
 
-class _Aliases(nn.Module):
-    def __init__(self, parameters: Sequence[Tensor]):
+class _Giver(nn.Module):
+    def __init__(self, parameters: Sequence[Tensor], gradients: list[Tensor]):
         super().__init__()
-        self.held = list(parameters)
+        self.receivers, self.gradients = list(parameters), gradients
 
-    def forward(self) -> list[Tensor]:
-        return [parameter.view_as(parameter) for parameter in self.held]
+    def forward(self) -> Tensor:
+        return _Give.apply(self.gradients, *self.receivers)
+
+
+class _Give(torch.autograd.Function):
+    """Of any parameters, the scalar 0; its gradients are the given ones."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = tuple(ctx.gradients)
+        ctx.gradients.clear()
+        return (None, *gradients)

@@ -217,7 +217,9 @@ class PCNetwork(nn.Module):
     def _commit(self, module: nn.Module, call: Call, outcome: Outcome) -> None:
         """Everything that a call changes: nothing before this has touched the module."""
         good = None if self.check == "sync" else outcome.good
-        deposit(self.module, [(call.tensors[name], gradient) for name, gradient in outcome.gradients.items()], good)
+        parameters, gradients = [call.tensors[name] for name in outcome.gradients], list(outcome.gradients.values())
+        outcome.gradients.clear()
+        deposit(self.module, parameters, gradients, good)
         with torch.no_grad():
             for name, value in outcome.updates.items():
                 buffer = module.get_buffer(name)

@@ -21,10 +21,9 @@ class Objective:
     """
 
     def __init__(self, loss: Loss, traced: Trace, target: Any, arguments: Arguments, check_values: bool):
-        self.loss, self.trace, self.target, self.size = loss, traced, _clamp(target), arguments.size
-        for leaf in pytree.tree_leaves(target):
-            if isinstance(leaf, Tensor) and leaf.device != arguments.device:
-                raise ValueError(f"A target is on {leaf.device}, the inputs on {arguments.device}. Move one with .to(device).")
+        self.loss, self.trace, self.size = loss, traced, arguments.size
+        leaves, spec = pytree.tree_flatten(target)
+        self.target = pytree.tree_unflatten([_clamped(leaf, arguments.device) for leaf in leaves], spec)
         if isinstance(loss, str):
             self.targets = _matched(traced, self.target)
             for name, leaf in self.targets.items():
@@ -97,7 +96,9 @@ def _matched(traced: Trace, target: Any) -> dict[str, Any]:
     return found
 
 
-def _clamp(target: Any) -> Any:
-    return pytree.tree_map(
-        lambda leaf: (leaf.clone() if leaf.is_inference() else leaf.detach()) if isinstance(leaf, Tensor) else leaf, target
-    )
+def _clamped(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.device != device:
+        raise ValueError(f"A target is on {leaf.device}, the inputs on {device}. Move one with .to(device).")
+    return leaf.clone() if leaf.is_inference() else leaf.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -46,13 +48,25 @@ class LocalUpdates:
     def gradients(self) -> dict[str, Tensor]:
         """Parameter in the graph -> the sum of its local updates, times -factor: the sign of ordinary PyTorch gradients."""
         found = {name: total * self.factor for name, total in self.sums.items()}
-        known: dict[object, Tensor] = {}
-        for name, pairs in self.outer.items():
-            columns = _joined([error.t() for error, _ in pairs], 1, known)
-            _accumulate(found, name, self._scaled_outer_products(columns, _joined([x for _, x in pairs], 0, known)))
-        for name, errors in self.rows.items():
-            _accumulate(found, name, _joined([error.t() for error in errors], 1, known).sum(1) * self.factor)
+        joined: dict[object, Tensor] = {}
+        for uses in self._products_by_error():
+            columns = _joined([error.t() for error in uses.errors], 1)
+            for name in uses.biases:
+                _accumulate(found, name, columns.sum(1) * self.factor)
+            for name in uses.weights:
+                inputs = _joined_once([x for _, x in self.outer[name]], joined)
+                _accumulate(found, name, self._scaled_outer_products(columns, inputs))
         return self._with_zeros(self._through_weight_expressions(found))
+
+    def _products_by_error(self) -> list[_Uses]:
+        """The weights and biases with the same errors together, as a gate's are: each list of errors is joined once, and let go."""
+        uses: dict[object, _Uses] = {}
+        for name, pairs in self.outer.items():
+            errors = [error for error, _ in pairs]
+            uses.setdefault(_identity(errors), _Uses(errors)).weights.append(name)
+        for name, errors in self.rows.items():
+            uses.setdefault(_identity(errors), _Uses(errors)).biases.append(name)
+        return list(uses.values())
 
     def _with_zeros(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         # A parameter of the graph whose error has not arrived learns nothing, and says so, as loss.backward() would.
@@ -64,7 +78,7 @@ class LocalUpdates:
     def _scaled_outer_products(self, columns: Tensor, inputs: Tensor) -> Tensor:
         if columns.shape[1] < inputs.shape[1]:
             return outer_products(columns * self.factor, inputs)
-        return outer_products(columns, inputs) * self.factor
+        return outer_products(columns, inputs).mul_(self.factor)
 
     def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, GradientEdge | None]]]:
         return list(zip(local.vertex.taps, local.taps, strict=True))
@@ -99,13 +113,28 @@ class LocalUpdates:
         return direct
 
 
-def _joined(parts: list[Tensor], dim: int, known: dict[object, Tensor]) -> Tensor:
-    # Gates share their inputs, weights and biases their errors: each list is joined once.
-    if len(parts) == 1:
-        return parts[0]
-    key = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+@dataclass
+class _Uses:
+    """Weights and biases whose products have the same errors."""
+
+    errors: list[Tensor]
+    weights: list[str] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
+
+
+def _identity(parts: list[Tensor]) -> object:
+    return tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _joined_once(parts: list[Tensor], known: dict[object, Tensor]) -> Tensor:
+    # Gates share their inputs.
+    key = _identity(parts)
     if key not in known:
-        known[key] = torch.cat(parts, dim)
+        known[key] = _joined(parts, 0)
     return known[key]
 
 
