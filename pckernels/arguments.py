@@ -43,8 +43,17 @@ class Arguments:
 
 def module_key(module: nn.Module) -> Any:
     """What a trace depends on in a module: its layers and their modes, and its parameters but for their values."""
-    layers = [(type(layer), layer.training) for layer in module.modules()]
-    return (tuple(layers), tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in module.parameters()))
+    layers: list[Any] = []
+    parameters: list[Any] = []
+    waiting, seen = [module], {id(module)}
+    while waiting:  # by hand: module.modules() takes several times as long, at every call
+        layer = waiting.pop()
+        layers += (type(layer), layer.training)
+        parameters += [(p.shape, p.dtype, p.device, p.requires_grad) for p in layer._parameters.values() if p is not None]
+        fresh = [child for child in layer._modules.values() if child is not None and id(child) not in seen]
+        seen.update(map(id, fresh))
+        waiting += fresh
+    return tuple(layers), tuple(parameters)
 
 
 def check_inputs(module: nn.Module, arguments: Arguments) -> None:
