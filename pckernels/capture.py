@@ -4,7 +4,6 @@ The user's module is never touched: a shadow of its module tree, sharing every p
 traced. Recurrent layers of the shadow are unrolled (cells.py); hooks on the shadow mark the named value nodes.
 """
 
-import copy
 import logging
 import operator
 import warnings
@@ -18,8 +17,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from pckernels.cells import MARK, UNROLLED, mark
+from pckernels.cells import MARK
 from pckernels.errors import Unsupported
+from pckernels.shadow import shadow_of
 
 aten = torch.ops.aten
 Shape = tuple[Any, ...]  # int, or torch.SymInt in the batch
@@ -108,7 +108,7 @@ def _dynamic(leaf: Any, batch_dim: int, size: int | None) -> Any:
 
 def _export(module: nn.Module, names: Sequence[str], example: Any, dynamic: Any) -> torch.export.ExportedProgram:
     args, kwargs = example
-    shadow = _Call(_shadow(module, names))
+    shadow = _Call(shadow_of(module, names))
     with _tracing_state():
         program = torch.export.export(shadow, (args, kwargs), dynamic_shapes=(dynamic[0], dynamic[1]), strict=False)
         if any(_must_be_rewritten(node) for node in program.graph.nodes):
@@ -203,55 +203,6 @@ def _attention(
     if dropout_p > 0.0:
         weights = torch.dropout(weights, dropout_p, True)
     return torch.matmul(weights, value)
-
-
-# The shadow ----------------------------------------------------------------
-
-
-def _shadow(module: nn.Module, names: Sequence[str]) -> nn.Module:
-    copies: dict[int, nn.Module] = {}
-    shadow = _shadow_of(module, "", copies)
-    for name in names:
-        target = shadow.get_submodule(name)
-        target.register_forward_hook(_OutputMarker(name))
-    return shadow
-
-
-def _shadow_of(module: nn.Module, path: str, copies: dict[int, nn.Module]) -> nn.Module:
-    if id(module) in copies:
-        return copies[id(module)]
-    shadow = copies[id(module)] = module.__class__.__new__(module.__class__)
-    shadow.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()}
-    if type(module) in UNROLLED:
-        shadow.__class__ = UNROLLED[type(module)]
-        shadow.path, shadow.calls = path, 0  # type: ignore[assignment]
-    for name, child in module._modules.items():
-        if child is not None:
-            shadow._modules[name] = _shadow_of(child, f"{path}.{name}" if path else name, copies)
-    return shadow
-
-
-class _OutputMarker:
-    """A forward hook that marks what a named submodule returns: `name`, `name#2` at its second call, `name.0` in a tuple."""
-
-    def __init__(self, name: str):
-        self.name, self.calls = name, 0
-
-    def __call__(self, shadow: nn.Module, args: Any, output: Any) -> Any:
-        self.calls += 1
-        name = self.name if self.calls == 1 else f"{self.name}#{self.calls}"
-        leaves, spec = pytree.tree_flatten(output)
-        several = sum(map(_can_be_marked, leaves)) > 1
-        names = [f"{name}.{k}" if several else name for k in range(len(leaves))]
-        marked = [mark(leaf, own, -1) if _can_be_marked(leaf) else leaf for leaf, own in zip(leaves, names, strict=True)]
-        return pytree.tree_unflatten(marked, spec)
-
-
-def _can_be_marked(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
-# Reading what torch.export returns ----------------------------------------
 
 
 def _read(program: torch.export.ExportedProgram) -> Captured:
@@ -384,9 +335,6 @@ def _stacked(source: Any, dim: Any, index: Any) -> fx.Node | None:
     return source.args[0][index]  # type: ignore[index,return-value]
 
 
-# Explaining a failure -------------------------------------------------------
-
-
 def _explained(module: nn.Module, names: Sequence[str], example: Any, error: Exception) -> Exception:
     if isinstance(error, Unsupported):
         return error
@@ -409,7 +357,7 @@ def _own_complaint(module: nn.Module, names: Sequence[str], example: Any) -> Exc
     try:
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             args, kwargs = pytree.tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, example)
-            _shadow(module, names)(*args, **kwargs)
+            shadow_of(module, names)(*args, **kwargs)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as complaint:

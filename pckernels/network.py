@@ -283,9 +283,6 @@ class Inference:
         return f"Inference(backend={self.backend!r}, plan={self.plan!r})"
 
 
-# Checking and binding arguments -----------------------------------------------
-
-
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str; got {type(value).__name__}.")

@@ -36,9 +36,6 @@ def run(call: Call) -> Outcome:
         return sweep(call) if dynamics.closed_form else _relax_errors(Bound(graph, call), call)
 
 
-# One step of predictive coding ----------------------------------------------
-
-
 class State:
     """Values, predictions and errors of a graph at one moment.
 
@@ -112,9 +109,6 @@ class State:
         return Snapshot({name: self.value(name) for name in names}, full_errors(self.bound, self.errors))
 
 
-# Strict ----------------------------------------------------------------------
-
-
 def _relax_values(bound: Bound, call: Call) -> Outcome:
     """Gradient descent of F on the values; predictions and Jacobians follow at every step."""
     dynamics, graph = call.dynamics, bound.graph
@@ -173,9 +167,6 @@ class Resting:
         return not bool(self.moving.any())
 
 
-# Zero divergence, literally ----------------------------------------------------
-
-
 def _arrive(bound: Bound, call: Call) -> Outcome:
     """Strict dynamics at rate 1 on the levelled graph; a vertex at distance d learns after d updates, from its fresh error."""
     assert call.objective is not None
@@ -201,9 +192,6 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
     return outcome(
         bound, call, start, Frozen(bound, learned), torch.stack(energies), None, updates.gradients() if call.learn else {}, history, plan
     )
-
-
-# Fixed prediction, step by step ------------------------------------------------
 
 
 def _step(frozen: Frozen, names: list[str], rate: float) -> None:
