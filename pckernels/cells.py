@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from pckernels.errors import Unsupported
 
-_library = torch.library.Library("pckernels", "FRAGMENT")
+_library = library.Library("pckernels", "FRAGMENT")
 _library.define("mark(Tensor x, str name, int time) -> Tensor")
 _library.impl("mark", lambda x, name, time: x.clone(), "CompositeExplicitAutograd")
 MARK = torch.ops.pckernels.mark.default

@@ -99,6 +99,7 @@ class ComputationGraph:
         self._by_name = {vertex.name: vertex for vertex in self.vertices}
         self.schedule = tuple(schedule) if schedule is not None else tuple(self._by_name)
         self.children = _children(self.vertices)
+        self._level: ComputationGraph | None = None
 
     def __getitem__(self, name: str) -> Vertex:
         return self._by_name[name]
@@ -138,6 +139,11 @@ class ComputationGraph:
         An edge i -> j gets distance(i) - distance(j) - 1 of them; edges out of i share what they can. Edges from clamped
         inputs need none.
         """
+        if self._level is None:
+            self._level = self._make_level()
+        return self._level
+
+    def _make_level(self) -> ComputationGraph:
         pads: dict[str, Vertex] = {}
         vertices: list[Vertex] = []
         for vertex in self.vertices:
