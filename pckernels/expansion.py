@@ -23,7 +23,9 @@ def batch_mean(x: Tensor) -> Tensor:
 
 
 def batch_variance(x: Tensor) -> Tensor:
-    """The biased variance of each channel, (C,)."""
+    """The biased variance of each channel, (C,); 1 where there is no sample."""
+    if x.numel() == 0:
+        return x.new_ones(x.shape[1])
     return x.var([d for d in range(x.dim()) if d != 1], correction=0)
 
 
