@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+
+def batch_size(leaves: Iterable[Any], batch_dim: int) -> int | None:
+    """The size at `batch_dim` of the first tensor that has such a dimension; None without one."""
+    return next((leaf.shape[batch_dim] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > batch_dim), None)
+
+
+def is_batched(leaf: Any, batch_dim: int, size: int | None) -> bool:
+    """Whether an argument is a tensor that carries the batch."""
+    return isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == size
+
+
+def clamped(tensor: Tensor) -> Tensor:
+    """An argument as a constant that autograd can save: tensors of inference mode have to be copied for that."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 class Arguments:
@@ -21,7 +37,7 @@ class Arguments:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_dim: int):
         self.args, self.kwargs, self.batch_dim = args, kwargs, batch_dim
         self.leaves, spec = pytree.tree_flatten((args, kwargs))
-        self.size = next((leaf.shape[batch_dim] for leaf in self.tensors if leaf.dim() > batch_dim), None)
+        self.size = batch_size(self.leaves, batch_dim)
         self.key = (spec, tuple(self._leaf_key(leaf) for leaf in self.leaves))
 
     @property
@@ -36,7 +52,7 @@ class Arguments:
         if not isinstance(leaf, Tensor):
             return repr(leaf)
         shape = list(leaf.shape)
-        if len(shape) > self.batch_dim and shape[self.batch_dim] == self.size:
+        if is_batched(leaf, self.batch_dim, self.size):
             shape[self.batch_dim] = -1
         return (*shape, leaf.dtype, leaf.device)
 

@@ -51,7 +51,6 @@ class Outcome:
 
     Attributes:
         losses: (B,), the feed-forward loss of each sample.
-        predictions: the output vertices' feed-forward predictions.
         gradients: parameter in the graph -> dF/dtheta times the call's factor.
         updates: buffer -> its value after the call.
         values, errors: vertex -> tensor, after the last step.
@@ -63,7 +62,6 @@ class Outcome:
     """
 
     losses: Tensor | None
-    predictions: dict[str, Tensor]
     values: Callable[[], dict[str, Tensor]]
     errors: Callable[[], dict[str, Tensor]]
     energy: Callable[[], Tensor]

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from pckernels.arguments import batch_size, is_batched
 from pckernels.cells import MARK
 from pckernels.errors import Unsupported
 from pckernels.shadow import shadow_of
@@ -67,7 +68,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ba
         Unsupported: the module cannot be captured; the text names the operation and what to do.
         ValueError, TypeError: the module itself rejects these inputs.
     """
-    size = batch_size((args, kwargs), batch_dim)
+    size = batch_size(pytree.tree_leaves((args, kwargs)), batch_dim)
     try:
         example = pytree.tree_map(lambda leaf: _resized(leaf, batch_dim, size), (args, kwargs))
         dynamic = pytree.tree_map(lambda leaf: _dynamic(leaf, batch_dim, size), (args, kwargs))
@@ -78,19 +79,6 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ba
 
 
 _EXPORT_ERRORS = (Exception,)  # torch.export raises errors of many unrelated types
-
-
-def batch_size(call: Any, batch_dim: int) -> int | None:
-    """The batch size of a call: the size at `batch_dim` of its first tensor that has such a dimension; None without one."""
-    for leaf in pytree.tree_leaves(call):
-        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
-            return leaf.shape[batch_dim]
-    return None
-
-
-def is_batched(leaf: Any, batch_dim: int, size: int | None) -> bool:
-    """Whether an argument is a tensor that carries the batch."""
-    return isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == size
 
 
 def _resized(leaf: Any, batch_dim: int, size: int | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pckernels import dispatch
-from pckernels.arguments import Arguments, check_inputs, module_key
+from pckernels.arguments import Arguments, check_inputs, clamped, module_key
 from pckernels.call import Call, Outcome, Snapshot
 from pckernels.capture import first_line, speaks_of_dtypes
 from pckernels.deposit import deposit
@@ -21,7 +22,7 @@ from pckernels.graph import ComputationGraph, Trace, trace
 from pckernels.losses import Loss, check_loss
 from pckernels.objective import Objective
 from pckernels.placement import check_value_nodes
-from pckernels.rules import Rule
+from pckernels.rules import Rule, require_choice
 
 _TRACES = 16  # per network; a new training mode, dtype, device or sequence length takes one
 _MISSING = object()
@@ -66,8 +67,8 @@ class PCNetwork(nn.Module):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a rule such as pckernels.Strict(steps=20, rate=0.1); got {type(rule).__name__}.")
         check_loss(loss)
-        _check_choice("reduction", reduction, ("mean", "sum"))
-        _check_choice("check", check, ("sync", "deferred"))
+        require_choice("reduction", reduction, ("mean", "sum"))
+        require_choice("check", check, ("sync", "deferred"))
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
             raise TypeError(f"batch_dim must be an int; got {type(batch_dim).__name__}.")
         if batch_dim < 0:
@@ -163,8 +164,6 @@ class PCNetwork(nn.Module):
         return {**self.__dict__, "_traces": OrderedDict()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PCNetwork:
-        import copy
-
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
@@ -283,13 +282,6 @@ class Inference:
         return f"Inference(backend={self.backend!r}, plan={self.plan!r})"
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str; got {type(value).__name__}.")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-
-
 def _check_scale(scale: Any) -> None:
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or not scale.is_floating_point():
@@ -345,7 +337,7 @@ def _tensors(traced: Trace, module: nn.Module, arguments: Arguments) -> dict[str
     tensors.update(traced.tensors)
     for key, leaf in zip(traced.inputs, arguments.leaves, strict=True):
         if key is not None:
-            tensors[key] = leaf.clone() if leaf.is_inference() else leaf.detach()
+            tensors[key] = clamped(leaf)
     return tensors
 
 

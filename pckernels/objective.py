@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pckernels.arguments import Arguments
+from pckernels.arguments import Arguments, clamped
 from pckernels.graph import Trace
 from pckernels.losses import Loss, check_classes, check_target, losses_and_errors
 
@@ -23,7 +23,7 @@ class Objective:
     def __init__(self, loss: Loss, traced: Trace, target: Any, arguments: Arguments, check_values: bool):
         self.loss, self.trace, self.size = loss, traced, arguments.size
         leaves, spec = pytree.tree_flatten(target)
-        self.target = pytree.tree_unflatten([_clamped(leaf, arguments.device) for leaf in leaves], spec)
+        self.target = pytree.tree_unflatten([_constant(leaf, arguments.device) for leaf in leaves], spec)
         if isinstance(loss, str):
             self.targets = _matched(traced, self.target)
             for name, leaf in self.targets.items():
@@ -96,9 +96,9 @@ def _matched(traced: Trace, target: Any) -> dict[str, Any]:
     return found
 
 
-def _clamped(leaf: Any, device: torch.device) -> Any:
+def _constant(leaf: Any, device: torch.device) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.device != device:
         raise ValueError(f"A target is on {leaf.device}, the inputs on {device}. Move one with .to(device).")
-    return leaf.clone() if leaf.is_inference() else leaf.detach()
+    return clamped(leaf)

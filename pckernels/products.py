@@ -37,13 +37,6 @@ def is_worth(rows: int, x: Tensor, weight: Tensor, least: int = _WORTH) -> bool:
     )
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for x (rows, inputs) and W (outputs, inputs); neither is differentiated for."""
-    if is_worth(x.shape[0], x, weight):
-        return _LINEAR(x, weight, bias, "none", [], "")
-    return functional.linear(x, weight, bias)
-
-
 class _Operand:
     """A weight that is used over and over in one call, as every time step of a recurrent network uses it.
 
@@ -107,5 +100,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def outer_products(columns: Tensor, inputs: Tensor) -> Tensor:
     """The sum of the outer products of errors and inputs: columns (outputs, samples) times inputs (samples, inputs)."""
     if columns.dtype == inputs.dtype and is_worth(columns.shape[0], columns, inputs):
-        return multiply(columns, inputs.t())
+        return _LINEAR(columns, inputs.t(), None, "none", [], "")
     return columns @ inputs

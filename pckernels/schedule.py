@@ -6,6 +6,11 @@ from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph, Vertex
 
 
+def steps_on(graph: ComputationGraph, steps: int | None) -> int:
+    """T on this graph: None stands for its depth."""
+    return graph.depth if steps is None else steps
+
+
 def sweep_groups(graph: ComputationGraph, sweep: str) -> list[list[str]]:
     """The hidden vertices in the groups that move at once, in the order of one step."""
     hidden = graph.hidden

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pckernels.backends.feedforward import Bound, Local, Place, feedback, vjp_of_several
+from pckernels.backends.feedforward import Bound, Place, feedback, vjp_of_several
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.path_lengths import Plan, Siblings, make_plan, siblings
-from pckernels.backends.results import Frozen, Tensors, bound_updates, complaint, full_errors
+from pckernels.backends.results import Frozen, Tensors, bound_updates, complaint, energy, full_errors
 from pckernels.call import Call, Outcome, Snapshot
 from pckernels.graph import ComputationGraph
 from pckernels.rules import Dynamics
@@ -50,11 +50,8 @@ class Sweep:
         for name, delta in zip(arrived, results, strict=False):
             if delta is not None:
                 self.components[name] = {lengths[name]: delta}
-        start = len(arrived)
-        for name, own in zip(learning, wanted, strict=True):
-            assert self.learn is not None
-            self.learn.add(self.bound.locals[name], results[start : start + len(own)], self.plan.weight(lengths[name]))
-            start += len(own)
+        if self.learn:
+            self._learn(self.learn, learning, wanted, results[len(arrived) :], [self.plan.weight(lengths[name]) for name in learning])
 
     def run(self, at_outputs: Tensors) -> None:
         self.components.update({name: {0: error} for name, error in at_outputs.items()})
@@ -126,15 +123,16 @@ class Sweep:
         self.products += len(names)
         start = len(parents)
         if learn:
-            self._learn(learn, locals_, wanted, results[start:], weight)
+            self._learn(learn, names, wanted, results[start:], [weight] * len(names))
         return dict(zip(parents, results[:start], strict=True))
 
     def _learn(
-        self, learn: LocalUpdates, locals_: list[Local], wanted: list[list[Place]], results: list[Tensor | None], weight: float
+        self, learn: LocalUpdates, names: list[str], wanted: list[list[Place]], results: list[Tensor | None], weights: list[float]
     ) -> None:
+        """Hand each vertex its part of the results of one differentiation."""
         start = 0
-        for local, own in zip(locals_, wanted, strict=True):
-            learn.add(local, results[start : start + len(own)], weight)
+        for name, own, weight in zip(names, wanted, weights, strict=True):
+            learn.add(self.bound.locals[name], results[start : start + len(own)], weight)
             start += len(own)
 
     def _send(self, parent: str, length: int, part: Tensor | None) -> None:
@@ -192,7 +190,6 @@ def sweep(call: Call) -> Outcome:
     energies = _Lazy(partial(_energies, bound, call, plan, swept, losses, at_outputs, _versions(call)))
     return Outcome(
         losses=losses,
-        predictions={name: bound.mu[name] for name in graph.outputs},
         values=lambda: {name: Frozen(bound, errors()).value(name) for name in bound.mu},
         errors=errors,
         energy=energies,
@@ -273,7 +270,7 @@ def _energies_on_arrival(graph: ComputationGraph, swept: Sweep, losses: Tensor) 
     energies = [losses.sum()]
     for distance in range(1, graph.depth + 1):
         arrived = [swept.error(name) for name in swept.components if graph[name].distance == distance]
-        energies.append(energies[-1] + sum(0.5 * error.square().sum(dtype=losses.dtype) for error in arrived))
+        energies.append(energy(energies[-1], arrived))
     return torch.stack(energies)
 
 

@@ -39,7 +39,7 @@ class LocalUpdates:
                 self._add_product(weight, bias, x, error * coefficient if coefficient != 1.0 else error)
         for name, result in zip(local.vertex.direct, results[len(taps) :], strict=True):
             if result is not None:
-                self._add(name, result * coefficient if coefficient != 1.0 else result)
+                _accumulate(self.sums, name, result * coefficient if coefficient != 1.0 else result)
 
     def learn(self, local: Local, error: Tensor) -> None:
         """Let one vertex learn from its error."""
@@ -85,9 +85,6 @@ class LocalUpdates:
 
     def _learns(self, names: tuple[str, str | None]) -> bool:
         return any(name is not None and self.bound.weights[name].requires_grad for name in names)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def _add_product(self, weight: str, bias: str | None, x: Tensor, error: Tensor) -> None:
         rows = error.reshape(-1, error.shape[-1])

@@ -10,7 +10,7 @@ import torch
 from pckernels.coefficients import trajectory
 from pckernels.graph import ComputationGraph
 from pckernels.rules import Dynamics
-from pckernels.schedule import time_groups
+from pckernels.schedule import steps_on, time_groups
 
 
 @dataclass
@@ -36,9 +36,8 @@ class Plan:
 @lru_cache(maxsize=64)
 def make_plan(graph: ComputationGraph, dynamics: Dynamics, dtype: torch.dtype) -> Plan:
     """The plan of a merged sweep. Merging counts a coefficient as 0 or 1 within half a unit of the dtype's rounding."""
-    steps = graph.depth if dynamics.steps is None else dynamics.steps
     groups = time_groups(graph) if dynamics.nested else dict.fromkeys((v.name for v in graph.vertices), 0)
-    rows = trajectory(steps, dynamics.rate, graph.depth + 1)
+    rows = trajectory(steps_on(graph, dynamics.steps), dynamics.rate, graph.depth + 1)
     rounding = torch.finfo(dtype).eps / 2
     ones = next((k - 1 for k, c in enumerate(rows[-1]) if abs(c - 1.0) > rounding), len(rows[-1]) - 1)
     zeros = next((k + 1 for k in range(len(rows[-1]) - 1, -1, -1) if abs(rows[-1][k]) > rounding), 0)

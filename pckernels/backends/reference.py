@@ -21,7 +21,7 @@ from pckernels.call import Call, Objective, Outcome, Snapshot
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
 from pckernels.rules import Dynamics
-from pckernels.schedule import sweep_groups, time_groups
+from pckernels.schedule import steps_on, sweep_groups, time_groups
 
 
 def run(call: Call) -> Outcome:
@@ -118,7 +118,7 @@ def _relax_values(bound: Bound, call: Call) -> Outcome:
     groups = sweep_groups(graph, dynamics.sweep)
     resting = Resting(graph, dynamics.tolerance, start) if dynamics.tolerance is not None else None
     energies, history = [state.energy()], [state.snapshot()] if call.record else None
-    for _ in range(_steps(dynamics, graph)):
+    for _ in range(steps_on(graph, dynamics.steps)):
         moves = [state.move(group, dynamics.rate, dynamics.momentum, resting.mask if resting else None) for group in groups]
         energies.append(state.energy())
         if history is not None:
@@ -132,10 +132,6 @@ def _relax_values(bound: Bound, call: Call) -> Outcome:
     trajectory = torch.stack(energies)
     plan = f"strict dynamics, {dynamics.sweep} sweeps, {len(energies) - 1} steps over {len(graph.hidden)} value nodes"
     return outcome(bound, call, start, state, trajectory, diverged(trajectory), updates.gradients() if call.learn else {}, history, plan)
-
-
-def _steps(dynamics: Dynamics, graph: ComputationGraph) -> int:
-    return graph.depth if dynamics.steps is None else dynamics.steps
 
 
 class Resting:
@@ -209,7 +205,7 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
     assert call.objective is not None
     losses, errors = call.objective({name: bound.mu[name] for name in graph.outputs})
     frozen = Frozen(bound, errors)
-    steps = _steps(dynamics, graph)
+    steps = steps_on(graph, dynamics.steps)
     squares = [losses.sum() for _ in range(steps + 1)]
     states: list[Tensors] = [dict(errors) for _ in range(steps + 1)]
     for group in error_groups(graph, dynamics):

@@ -57,15 +57,13 @@ class Frozen:
 
 
 def feed_forward_outcome(bound: Bound, call: Call) -> Outcome:
-    frozen = Frozen(bound, {})
-    nothing = torch.stack([mu.isfinite().all() for mu in bound.mu.values()]).all() if bound.mu else torch.tensor(True)
+    finite = torch.stack([mu.isfinite().all() for mu in bound.mu.values()]).all() if bound.mu else torch.tensor(True)
     return Outcome(
         losses=None,
-        predictions={name: bound.mu[name] for name in bound.graph.outputs},
         values=lambda: dict(bound.mu),
-        errors=lambda: full_errors(bound, frozen.errors),
+        errors=lambda: full_errors(bound, {}),
         energy=lambda: torch.zeros(1),
-        good=nothing,
+        good=finite,
         complaint=lambda: "The feed-forward pass is not finite. Look for NaN or infinity in the inputs and the parameters.",
         plan="feed-forward pass, no target",
         updates=bound_updates(bound, call),
@@ -86,7 +84,6 @@ def outcome(
     good = energies.isfinite().all() if divergence is None else energies.isfinite().all() & ~divergence.any()
     return Outcome(
         losses=losses,
-        predictions={name: bound.mu[name] for name in bound.graph.outputs},
         values=lambda: {vertex.name: state.value(vertex.name) for vertex in call.trace.graph.vertices},
         errors=lambda: {name: error for name, error in full_errors(bound, state.errors).items() if name in call.trace.graph},
         energy=lambda: energies,
