@@ -26,6 +26,7 @@ class Call:
         learn: whether the local updates are wanted.
         record: whether values and errors are kept at every step.
         factor: what the local updates are multiplied by: reduction and loss scale.
+        size: B, or None where no input has a batch.
     """
 
     trace: Trace
@@ -35,6 +36,7 @@ class Call:
     learn: bool
     record: bool
     factor: float | Tensor
+    size: int | None = None
 
 
 @dataclass

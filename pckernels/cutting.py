@@ -223,18 +223,28 @@ def _time(end: fx.Node) -> int | None:
     return end.args[2] if is_mark(end) and end.args[2] >= 0 else None  # type: ignore[operator,return-value]
 
 
+def _shapes(node: fx.Node) -> dict[str, Any]:
+    """What a lowering must know of a node: its shape, sizes in words where they depend on the batch, and its dtype."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return {}
+    return {"shape": tuple(size if isinstance(size, int) else _in_words(size) for size in value.shape), "dtype": value.dtype}
+
+
 def _compiled(
     body: Sequence[fx.Node], reads: Sequence[fx.Node], end: fx.Node, products: Sequence[fx.Node] | None = None
 ) -> Callable[..., Any]:
     """The body as a Python function of what it reads; with `products`, it returns their (input, output) pairs as well."""
     graph = fx.Graph()
     copies = {source: graph.placeholder(f"{source.name}_") for source in reads}
+    for source, copy in copies.items():
+        copy.meta = _shapes(source)
     for node in body:
         if is_mark(node):
             copies[node] = copies[node.args[0]]  # type: ignore[index]
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = {}
+            copies[node].meta = _shapes(node)
     for node in products or ():
         copies[node].target = linear
     if products is None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pckernels.backends import reference
+from pckernels.backends import host, reference
 from pckernels.call import Call, Outcome
 from pckernels.errors import Unsupported
 
@@ -21,18 +21,30 @@ class Support:
     reason: str
 
 
-_ABSENT = Support(False, "not part of this release; the reference backend runs everything")
-_BACKENDS: dict[str, tuple[Support, Run | None]] = {
-    "reference": (Support(True, "pure PyTorch, on any device and in any floating dtype"), reference.run),
-    "host": (_ABSENT, None),
-    "triton": (_ABSENT, None),
-    "cuda": (_ABSENT, None),
+@dataclass(frozen=True)
+class Backend:
+    """A backend: whether it is here, why it would refuse a call (None: it would not), and how it runs one."""
+
+    support: Support
+    refusal: Callable[[Call], str | None]
+    run: Run
+
+
+_ABSENT = Backend(
+    Support(False, "not part of this release; the reference backend runs everything"), lambda call: "it is absent", reference.run
+)
+_BACKENDS: dict[str, Backend] = {
+    "reference": Backend(Support(True, "pure PyTorch, on any device and in any floating dtype"), lambda call: None, reference.run),
+    "host": Backend(Support(*host.availability()), host.refusal, host.run),
+    "triton": _ABSENT,
+    "cuda": _ABSENT,
 }
+_ORDER = ("cuda", "triton", "host", "reference")
 
 
 def backends() -> dict[str, Support]:
     """The backends by name, each with whether it is available here and why."""
-    return {name: support for name, (support, _) in _BACKENDS.items()}
+    return {name: backend.support for name, backend in _BACKENDS.items()}
 
 
 def check_backend(name: str) -> None:
@@ -41,17 +53,29 @@ def check_backend(name: str) -> None:
         raise TypeError(f"backend must be a str; got {type(name).__name__}.")
     if name != "auto" and name not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, ['auto', *_BACKENDS]))}; got {name!r}.")
-    if name != "auto" and not _BACKENDS[name][0].ok:
-        raise Unsupported(f'backend {name!r} is not available: {_BACKENDS[name][0].reason}. Use backend="auto".')
+    if name != "auto" and not _BACKENDS[name].support.ok:
+        raise Unsupported(f'backend {name!r} is not available: {_BACKENDS[name].support.reason}. Use backend="auto".')
 
 
-def choose(name: str) -> tuple[str, Run]:
-    """The backend for a call: its name and how to run it."""
+def choose(name: str, call: Call) -> tuple[str, Run, str]:
+    """The backend for a call: its name, how to run it, and why it was chosen over those before it.
+
+    Raises:
+        Unsupported: the backend that was asked for refuses the call; the text says why.
+    """
     wanted = name if name != "auto" else os.environ.get("PCKERNELS_BACKEND", "auto") or "auto"
     check_backend(wanted)
-    candidates = [wanted] if wanted != "auto" else list(_BACKENDS)
-    for candidate in candidates:
-        run = _BACKENDS[candidate][1]
-        if run is not None:
-            return candidate, run
-    raise Unsupported("No backend is available.")
+    if wanted != "auto":
+        refusal = _BACKENDS[wanted].refusal(call)
+        if refusal is not None:
+            raise Unsupported(f'The {wanted} backend cannot run this call: {refusal}. Use backend="auto".')
+        return wanted, _BACKENDS[wanted].run, ""
+    refusals: list[str] = []
+    for candidate in _ORDER:
+        backend = _BACKENDS[candidate]
+        refusal = backend.refusal(call) if backend.support.ok else None
+        if backend.support.ok and refusal is None:
+            return candidate, backend.run, "; ".join(refusals)
+        if refusal is not None:
+            refusals.append(f"not {candidate}: {refusal}")
+    raise AssertionError("the reference backend refuses nothing")

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 Taps = tuple[tuple[Tensor, Tensor], ...]
@@ -57,6 +57,11 @@ class Vertex:
     direct: tuple[str, ...] = ()
     batch_axis: int | None = None
     dtype: torch.dtype | None = None
+
+    @property
+    def body(self) -> fx.Graph | None:
+        """The operations of `predict`, where it was cut out of a captured graph: what a lowering reads."""
+        return getattr(getattr(self.predict, "__self__", None), "graph", None)
 
 
 @dataclass(frozen=True)

@@ -194,20 +194,22 @@ class PCNetwork(nn.Module):
         record: bool,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> Inference:
-        name, run = dispatch.choose(self.backend)
         module = _unwrapped(self.module)
         with torch.inference_mode(False):
             arguments = Arguments(args, kwargs, self.batch_dim)
             traced = self._trace(arguments)
             objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync")
             divisor = (arguments.size or 1) if self.reduction == "mean" else 1
-            call = Call(traced, _tensors(traced, module, arguments), objective, self.rule.dynamics, learn, record, scale / divisor)
+            call = Call(
+                traced, _tensors(traced, module, arguments), objective, self.rule.dynamics, learn, record, scale / divisor, arguments.size
+            )
+            name, run, why = dispatch.choose(self.backend, call)
             outcome = _explaining(module, run, call)
             self._check(outcome)
             if optimizer is not None:
                 optimizer.zero_grad()
             self._commit(module, call, outcome)
-        return Inference(outcome, name, objective, divisor, self.check)
+        return Inference(outcome, name, why, objective, divisor, self.check)
 
     def _check(self, outcome: Outcome) -> None:
         if self.check == "sync" and not bool(outcome.good):
@@ -233,9 +235,9 @@ class Inference:
         history: with record=True, `.values` and `.errors` at every step t = 0 .. T; otherwise None.
     """
 
-    def __init__(self, outcome: Outcome, backend: str, objective: Objective | None, divisor: int, check: str):
+    def __init__(self, outcome: Outcome, backend: str, why: str, objective: Objective | None, divisor: int, check: str):
         self._outcome, self._objective, self._divisor, self._check = outcome, objective, divisor, check
-        self.backend, self.plan = backend, outcome.plan
+        self.backend, self.plan = backend, f"{outcome.plan} ({why})" if why else outcome.plan
         self._values: dict[str, Tensor] | None = None
 
     @property

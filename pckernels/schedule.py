@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph, Vertex
+from pckernels.rules import Dynamics
 
 
 def steps_on(graph: ComputationGraph, steps: int | None) -> int:
@@ -61,6 +62,14 @@ def time_groups(graph: ComputationGraph) -> dict[str, int]:
                 'order="nested" runs back through time, which a bidirectional network has no direction for; use order="global".'
             )
     return groups
+
+
+def error_groups(graph: ComputationGraph, dynamics: Dynamics) -> list[list[str]]:
+    """The hidden vertices that relax together: all, or in nested order those of one time step, the last first."""
+    if not dynamics.nested:
+        return [[vertex.name for vertex in graph.hidden]]
+    times = time_groups(graph)
+    return [[v.name for v in graph.hidden if times[v.name] == time] for time in sorted(set(times.values()), reverse=True)]
 
 
 def _assign(

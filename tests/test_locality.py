@@ -115,7 +115,7 @@ def lab(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, float64
         calls.append(call)
         return reference.run(call)
 
-    monkeypatch.setattr(dispatch, "choose", lambda name: ("reference", run))
+    monkeypatch.setattr(dispatch, "choose", lambda name, call: ("reference", run, ""))
     pck.PCNetwork(module, rule=pck.Strict(1, 0.1)).infer(*inputs, target=torch.randn(len(inputs[0]), 2))
     return Lab(calls[0])
 

@@ -9,6 +9,7 @@ In nested order an edge into a later time step starts again at k = 1, from an er
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from pckernels.backends.feedforward import Bound, Place, feedback, vjp_of_several
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.path_lengths import Plan, Siblings, make_plan, siblings
-from pckernels.backends.results import Frozen, Tensors, bound_updates, complaint, energy, full_errors
+from pckernels.backends.results import Frozen, Lazy, Tensors, bound_updates, complaint, energy, full_errors
 from pckernels.call import Call, Outcome, Snapshot
 from pckernels.graph import ComputationGraph
 from pckernels.rules import Dynamics
@@ -175,7 +176,7 @@ def sweep(call: Call) -> Outcome:
     """FixedPrediction by its closed form; ZeroDivergence in one sweep."""
     assert call.objective is not None
     graph = call.trace.graph
-    plan = make_plan(graph, call.dynamics, _dtype(graph))
+    plan = make_plan(graph, call.dynamics, plan_dtype(graph))
     bound = Bound(graph, call, connected=plan.lengths is not None)
     losses, at_outputs = call.objective({name: bound.mu[name] for name in graph.outputs})
     updates = LocalUpdates(bound, call.factor)
@@ -184,17 +185,17 @@ def sweep(call: Call) -> Outcome:
         swept.run_at_once(at_outputs, plan.lengths)
     else:
         swept.run(at_outputs)
-    errors = _Lazy(lambda: full_errors(bound, {name: swept.error(name) for name in swept.components}))
+    errors = Lazy(lambda: full_errors(bound, {name: swept.error(name) for name in swept.components}))
     # A sum is finite only if every entry is; it reads each error once, many times faster than isfinite does.
     parts = [part for name, own in swept.components.items() for part in ([swept.final[name]] if name in swept.final else own.values())]
-    energies = _Lazy(partial(_energies, bound, call, plan, swept, losses, at_outputs, _versions(call)))
+    energies = Lazy(partial(_energies, bound, call, plan, swept, losses, at_outputs, _versions(call)))
     return Outcome(
         losses=losses,
         values=lambda: {name: Frozen(bound, errors()).value(name) for name in bound.mu},
         errors=errors,
         energy=energies,
         good=torch.stack([tensor.sum() for tensor in (losses, *parts)]).sum().isfinite(),
-        complaint=lambda: complaint(bound, call.dynamics, losses.sum()[None], errors(), None),
+        complaint=lambda: complaint(bound.mu, call.dynamics, losses.sum()[None], errors(), None),
         plan=_description(call.dynamics, graph, swept),
         gradients=updates.gradients() if call.learn else {},
         updates=bound_updates(bound, call),
@@ -202,21 +203,9 @@ def sweep(call: Call) -> Outcome:
     )
 
 
-def _dtype(graph: ComputationGraph) -> torch.dtype:
+def plan_dtype(graph: ComputationGraph) -> torch.dtype:
     """In which 0 and 1 are told from what is near them: the outputs', or float32 where that is narrower."""
     return torch.promote_types(graph[graph.outputs[0]].dtype or torch.float32, torch.float32)
-
-
-class _Lazy:
-    """A value computed when it is first asked for."""
-
-    def __init__(self, compute: Callable[[], object]):
-        self.compute: Callable[[], object] | None = compute
-
-    def __call__(self):  # type: ignore[no-untyped-def]
-        if self.compute is not None:
-            self.value, self.compute = self.compute(), None
-        return self.value
 
 
 def _description(dynamics: Dynamics, graph: ComputationGraph, swept: Sweep) -> str:
@@ -224,6 +213,26 @@ def _description(dynamics: Dynamics, graph: ComputationGraph, swept: Sweep) -> s
     kind = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else "fixed prediction in closed form"
     order = ", one time step after the other" if dynamics.nested else ""
     return f"{kind}{order}: {swept.products} vector-Jacobian products for {len(graph)} vertices ({swept.products / count:.2g} sweeps)"
+
+
+def energy_later(call: Call) -> Callable[[], Tensor]:
+    """F at t = 0 .. T for a call that another backend has swept: computed when it is asked for, by a sweep of its own."""
+    versions = _versions(call)
+
+    def compute() -> Tensor:
+        _require_unmoved(call, versions)
+        with torch.enable_grad():
+            return sweep(replace(call, learn=False)).energy()
+
+    return compute
+
+
+def _require_unmoved(call: Call, versions: list[int]) -> None:
+    if versions != _versions(call):
+        raise RuntimeError(
+            "The energy of this closed form was not computed in its one sweep, and the parameters have moved since. "
+            'Read .energy before the optimizer steps, call infer(x, target).energy, or use solver="iterate".'
+        )
 
 
 def _versions(call: Call) -> list[int]:
@@ -235,11 +244,7 @@ def _energies(bound: Bound, call: Call, plan: Plan, swept: Sweep, losses: Tensor
     if call.dynamics.learn_on_arrival:
         return _energies_on_arrival(bound.graph, swept, losses)
     if swept.merged or swept.final:
-        if versions != _versions(call):
-            raise RuntimeError(
-                "The energy of this closed form was not computed in its one sweep, and the parameters have moved since. "
-                'Read .energy before the optimizer steps, call infer(x, target).energy, or use solver="iterate".'
-            )
+        _require_unmoved(call, versions)
         swept = _unmerged(bound, call, plan, at_outputs)
     return _energies_of(bound.graph, plan, swept, losses)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,15 @@ class Bound:
     predictions themselves: one graph of the whole pass, for a sweep in one go.
     """
 
-    def __init__(self, graph: ComputationGraph, call: Call, connected: bool = False, held: Mapping[str, object] | None = None):
-        """`held`: what an earlier pass of the same call drew and measured, to be used again."""
+    def __init__(
+        self,
+        graph: ComputationGraph,
+        call: Call,
+        connected: bool = False,
+        held: Mapping[str, object] | None = None,
+        only: Set[str] | None = None,
+    ):
+        """`held`: what an earlier pass of the same call drew and measured, to be used again; `only`: the vertices to compute."""
         self.graph, self.connected = graph, connected
         self.environment: dict[str, object] = {**call.tensors, **(held or {})}
         self.sources = {name: tensor for name, tensor in call.tensors.items() if name in call.trace.parameters}
@@ -88,7 +95,8 @@ class Bound:
         self.locals: dict[str, Local] = {}
         with torch.enable_grad():
             for name in graph.schedule:
-                self._compute(name)
+                if only is None or name in only or name in graph.derived:
+                    self._compute(name)
 
     def _compute(self, name: str) -> None:
         derived = self.graph.derived.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -45,9 +46,14 @@ class LocalUpdates:
         """Let one vertex learn from its error."""
         self.add(local, vjp(local, error, self.wanted(local)))
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Parameter in the graph -> the sum of its local updates, times -factor: the sign of ordinary PyTorch gradients."""
-        found = {name: total * self.factor for name, total in self.sums.items()}
+    def gradients(self, others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Parameter in the graph -> the sum of its local updates, times -factor: the sign of ordinary PyTorch gradients.
+
+        others: what has been summed elsewhere, times -factor, by weight.
+        """
+        found = dict(others or {})
+        for name, total in self.sums.items():
+            _accumulate(found, name, total * self.factor)
         joined: dict[object, Tensor] = {}
         for uses in self._products_by_error():
             columns = _joined([error.t() for error in uses.errors], 1)

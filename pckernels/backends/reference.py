@@ -16,19 +16,19 @@ from torch import Tensor
 from pckernels.backends.closed_form import sweep
 from pckernels.backends.feedforward import Bound, Local, feedback
 from pckernels.backends.learning import LocalUpdates
-from pckernels.backends.results import Frozen, Tensors, diverged, energy, feed_forward_outcome, full_errors, outcome
+from pckernels.backends.results import Frozen, Tensors, bound_updates, diverged, energy, feed_forward_outcome, full_errors, outcome
 from pckernels.call import Call, Objective, Outcome, Snapshot
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
-from pckernels.rules import Dynamics
-from pckernels.schedule import steps_on, sweep_groups, time_groups
+from pckernels.schedule import error_groups, steps_on, sweep_groups
 
 
 def run(call: Call) -> Outcome:
     """Relax, then learn: the whole of one inference."""
     dynamics, graph = call.dynamics, call.trace.graph
     if call.objective is None:
-        return feed_forward_outcome(Bound(graph, call), call)
+        bound = Bound(graph, call)
+        return feed_forward_outcome(bound.mu, bound_updates(bound, call))
     with torch.enable_grad():
         if dynamics.moves == "values":
             relax = _arrive if dynamics.learn_on_arrival else _relax_values
@@ -222,11 +222,3 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
     order = "one time step after the other, " if dynamics.nested else ""
     plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes"
     return outcome(bound, call, losses, frozen, torch.stack(squares), None, updates.gradients() if call.learn else {}, history, plan)
-
-
-def error_groups(graph: ComputationGraph, dynamics: Dynamics) -> list[list[str]]:
-    """The hidden vertices that relax together: all, or in nested order those of one time step, the last first."""
-    if not dynamics.nested:
-        return [[vertex.name for vertex in graph.hidden]]
-    times = time_groups(graph)
-    return [[v.name for v in graph.hidden if times[v.name] == time] for time in sorted(set(times.values()), reverse=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -56,17 +56,35 @@ class Frozen:
         return Snapshot({name: self.value(name) for name in names}, {name: errors[name] for name in names})
 
 
-def feed_forward_outcome(bound: Bound, call: Call) -> Outcome:
-    finite = torch.stack([mu.isfinite().all() for mu in bound.mu.values()]).all() if bound.mu else torch.tensor(True)
+class Lazy:
+    """A value computed when it is first asked for."""
+
+    def __init__(self, compute: Callable[[], object]):
+        self.compute: Callable[[], object] | None = compute
+
+    def __call__(self):  # type: ignore[no-untyped-def]
+        if self.compute is not None:
+            self.value, self.compute = self.compute(), None
+        return self.value
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """On the device, whether every entry is finite."""
+    flags = [tensor.isfinite().all() for tensor in tensors]
+    return torch.stack(flags).all() if flags else torch.tensor(True)
+
+
+def feed_forward_outcome(mu: Mapping[str, Tensor], updates: Tensors) -> Outcome:
+    """What a call without a target found: values that are predictions."""
     return Outcome(
         losses=None,
-        values=lambda: dict(bound.mu),
-        errors=lambda: full_errors(bound, {}),
+        values=lambda: dict(mu),
+        errors=lambda: {name: torch.zeros_like(value) for name, value in mu.items()},
         energy=lambda: torch.zeros(1),
-        good=finite,
+        good=all_finite(mu.values()),
         complaint=lambda: "The feed-forward pass is not finite. Look for NaN or infinity in the inputs and the parameters.",
         plan="feed-forward pass, no target",
-        updates=bound_updates(bound, call),
+        updates=updates,
     )
 
 
@@ -88,7 +106,7 @@ def outcome(
         errors=lambda: {name: error for name, error in full_errors(bound, state.errors).items() if name in call.trace.graph},
         energy=lambda: energies,
         good=good,
-        complaint=partial(complaint, bound, call.dynamics, energies, state.errors, divergence),
+        complaint=partial(complaint, bound.mu, call.dynamics, energies, state.errors, divergence),
         plan=plan,
         gradients=gradients,
         updates=bound_updates(bound, call),
@@ -111,9 +129,11 @@ def diverged(energies: Tensor) -> Tensor:
     return growing & (size > 1e3 * (size[0] + 1.0))
 
 
-def complaint(bound: Bound, dynamics: Dynamics, energies: Tensor, errors: Mapping[str, Tensor], divergence: Tensor | None) -> str:
+def complaint(
+    mu: Mapping[str, Tensor], dynamics: Dynamics, energies: Tensor, errors: Mapping[str, Tensor], divergence: Tensor | None
+) -> str:
     """In words: which step, which vertex, and what to do."""
-    infinite = next((name for name, mu in bound.mu.items() if not mu.isfinite().all()), None)
+    infinite = next((name for name, value in mu.items() if not value.isfinite().all()), None)
     if infinite is not None:
         where = f"The feed-forward prediction of {infinite!r} is not finite."
         return f"{where} Look for NaN or infinity in the inputs and parameters, or for a value node on a mask of -inf (value_nodes)."

@@ -1,0 +1,246 @@
+"""Drafts of instructions, over arrays that have no place yet, become code: lifetimes give rows, conflicts give barriers."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from pckernels.instructions import ABSENT, Instruction, Op, Phase
+
+ALIGNMENT = 16  # rows: a kernel may read and write whole vectors of rows, up to the next multiple
+
+
+@dataclass(eq=False)
+class Array:
+    """n rows, wherever they will lie."""
+
+    n: int
+    name: str = ""
+
+
+@dataclass
+class Draft:
+    """An instruction whose operands are arrays. `out_at`, `a_at`: first rows inside `out` and `a`."""
+
+    op: Op
+    out: Array | None = None
+    a: Array | None = None
+    b: Array | None = None
+    c: Array | None = None
+    d: Array | None = None
+    n: int = 0
+    slot: int = ABSENT
+    slot2: int = ABSENT
+    p: tuple[int, ...] = ()
+    f: tuple[float, ...] = ()
+    accumulate: bool = False
+    first: int = 0
+    out_at: int = 0
+    a_at: int = 0
+
+    @property
+    def reads(self) -> list[Array]:
+        operands = [self.a, self.c] if self.op in (Op.MAXPOOL, Op.MOVE) else [self.a, self.b, self.c]
+        operands += [self.b] if self.op is Op.MOVE else []
+        operands += [self.d] if self.op is not Op.MAXPOOL_CHANGE else []
+        operands += [self.out] if self.accumulate or self.op in (Op.MOVE, Op.RELAX) else []
+        return [array for array in operands if array is not None]
+
+    @property
+    def writes(self) -> list[Array]:
+        extra = {Op.MAXPOOL: self.b, Op.MAXPOOL_CHANGE: self.d, Op.MOVE: self.c}.get(self.op)
+        return [array for array in (self.out, extra) if array is not None]
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [*self.reads, *self.writes]
+
+
+@dataclass
+class Section:
+    """Drafts that run once for each t = first .. last."""
+
+    first: int
+    last: int
+    drafts: list[Draft] = field(default_factory=list)
+
+    @property
+    def repeats(self) -> bool:
+        return self.last > self.first
+
+
+def assemble(sections: Sequence[Section]) -> tuple[tuple[Phase, ...], int]:
+    """Phases with every array in its rows and a barrier before each instruction that needs one; and how many rows there are."""
+    sections = [section for section in sections if section.drafts and section.last >= section.first]
+    _clear_what_is_read_early(sections)
+    places, rows = _places(sections)
+    phases = []
+    for section in sections:
+        placed = [_placed(draft, places) for draft in section.drafts]
+        phases.append(Phase(tuple(_with_barriers(section, placed, places)), section.first, section.last))
+    return tuple(phases), rows
+
+
+def _placed(draft: Draft, places: dict[Array, int]) -> Instruction:
+    def at(array: Array | None, inside: int = 0) -> int:
+        return ABSENT if array is None else places[array] + inside
+
+    return Instruction(
+        draft.op,
+        n=draft.n,
+        out=at(draft.out, draft.out_at),
+        a=at(draft.a, draft.a_at),
+        b=at(draft.b),
+        c=at(draft.c),
+        d=at(draft.d),
+        slot=draft.slot,
+        slot2=draft.slot2,
+        p=draft.p,
+        f=draft.f,
+        accumulate=draft.accumulate,
+        first=draft.first,
+    )
+
+
+# Lifetimes
+
+
+def _clear_what_is_read_early(sections: Sequence[Section]) -> None:
+    """Arrays that someone may read before the light cone lets their writer run start at zero."""
+    written: dict[Array, float] = {}
+    early: dict[Array, None] = {}
+    for section in sections:
+        for draft in section.drafts:
+            start = draft.first if section.repeats else 0
+            for array in draft.reads:
+                if written.get(array, math.inf) > start:
+                    early[array] = None
+            for array in draft.writes:
+                written[array] = min(written.get(array, math.inf), start)
+    sections[0].drafts[:0] = [Draft(Op.FILL, out=array, n=array.n, f=(0.0,)) for array in early]
+
+
+def _places(sections: Sequence[Section]) -> tuple[dict[Array, int], int]:
+    """Rows for every array: first fit, in the order in which they are born."""
+    lives = _lives(sections)
+    free = _FreeRows()
+    places: dict[Array, int] = {}
+    dying: list[tuple[int, int, int]] = []  # death, start, rows
+    for array, (birth, death) in sorted(lives.items(), key=lambda item: item[1][0]):
+        while dying and dying[0][0] < birth:
+            free.give(*heapq.heappop(dying)[1:])
+        places[array] = free.take(_aligned(array.n))
+        heapq.heappush(dying, (death, places[array], _aligned(array.n)))
+    return places, free.rows
+
+
+def _aligned(n: int) -> int:
+    return -(-max(n, 1) // ALIGNMENT) * ALIGNMENT
+
+
+def _lives(sections: Sequence[Section]) -> dict[Array, tuple[int, int]]:
+    """First and last moment of every array; what a loop carries from one turn to the next lives through all of it."""
+    lives: dict[Array, tuple[int, int]] = {}
+    moment = 0
+    for section in sections:
+        start, end = moment, moment + len(section.drafts) - 1
+        carried = _carried(section) if section.repeats else set()
+        for draft in section.drafts:
+            for array in draft.arrays:
+                own = (start, end) if array in carried or (section.repeats and array in lives) else (moment, moment)
+                before = lives.get(array, own)
+                lives[array] = (min(before[0], own[0]), max(before[1], own[1]))
+            moment += 1
+    return _through_loops(sections, lives)
+
+
+def _carried(section: Section) -> set[Array]:
+    """Arrays whose first use in a turn reads them, or may be left out by the light cone."""
+    seen: set[Array] = set()
+    carried: set[Array] = set()
+    for draft in section.drafts:
+        carried.update(array for array in draft.reads if array not in seen)
+        carried.update(array for array in draft.writes if draft.first > section.first)
+        seen.update(draft.arrays)
+    return carried
+
+
+def _through_loops(sections: Sequence[Section], lives: dict[Array, tuple[int, int]]) -> dict[Array, tuple[int, int]]:
+    """What lives on after a loop in which it is used must not share rows with anything of that loop."""
+    moment = 0
+    for section in sections:
+        start, end = moment, moment + len(section.drafts) - 1
+        moment = end + 1
+        if section.repeats:
+            used = {array for draft in section.drafts for array in draft.arrays}
+            for array in used:
+                birth, death = lives[array]
+                if birth < start or death > end:
+                    lives[array] = (min(birth, start), max(death, end))
+    return lives
+
+
+class _FreeRows:
+    """Gaps of an arena that grows where no gap is wide enough."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.gaps: list[tuple[int, int]] = []  # start, size; in order
+
+    def take(self, n: int) -> int:
+        for k, (start, size) in enumerate(self.gaps):
+            if size >= n:
+                self.gaps[k : k + 1] = [(start + n, size - n)] if size > n else []
+                return start
+        start = self.rows
+        if self.gaps and sum(self.gaps[-1]) == self.rows:
+            start = self.gaps.pop()[0]
+        self.rows = start + n
+        return start
+
+    def give(self, start: int, n: int) -> None:
+        merged: list[tuple[int, int]] = []
+        for gap in sorted([*self.gaps, (start, n)]):
+            if merged and sum(merged[-1]) == gap[0]:
+                merged[-1] = (merged[-1][0], merged[-1][1] + gap[1])
+            else:
+                merged.append(gap)
+        self.gaps = merged
+
+
+# Barriers
+
+
+def _with_barriers(section: Section, placed: Sequence[Instruction], places: dict[Array, int]) -> list[Instruction]:
+    """A barrier before each instruction that touches rows which another has written, or writes rows which another has read,
+    since the last barrier. A section begins with one: nobody knows what went before."""
+    result: list[Instruction] = []
+    reads, writes = _Ranges(), _Ranges()
+    for draft, instruction in zip(section.drafts, placed, strict=True):
+        own_reads, own_writes = _ranges(draft.reads, places), _ranges(draft.writes, places)
+        meets = not result or writes.meet(own_reads) or writes.meet(own_writes) or reads.meet(own_writes)
+        if meets:
+            reads, writes = _Ranges(), _Ranges()
+        reads.add(own_reads)
+        writes.add(own_writes)
+        result.append(replace(instruction, barrier=meets))
+    return result
+
+
+def _ranges(arrays: Iterable[Array], places: dict[Array, int]) -> list[tuple[int, int]]:
+    return [(places[array], places[array] + max(array.n, 1)) for array in arrays]
+
+
+class _Ranges:
+    """Rows that have been touched since the last barrier."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+
+    def meet(self, others: Sequence[tuple[int, int]]) -> bool:
+        return any(start < b and a < end for start, end in self.ranges for a, b in others)
+
+    def add(self, others: Sequence[tuple[int, int]]) -> None:
+        self.ranges += others

@@ -1,0 +1,297 @@
+"""From a call to code over tensors, and back to an outcome: what all native backends share.
+
+A backend hands in `execute`: it runs code over weights, io, gradients and energies. What lies outside of the code stays in
+PyTorch: functions of parameters (a slice of a weight), constants, and vertices whose parents are all clamped and whose
+operations have no stage, such as an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pckernels.backends import closed_form
+from pckernels.backends.feedforward import Bound
+from pckernels.backends.learning import LocalUpdates
+from pckernels.backends.path_lengths import Plan, make_plan
+from pckernels.backends.results import Lazy, complaint, diverged, feed_forward_outcome
+from pckernels.call import Call, Outcome
+from pckernels.compiler import Compiled, compile_feed_forward, compile_steps, compile_sweep
+from pckernels.emitter import Objective, Place
+from pckernels.errors import Unsupported
+from pckernels.graph import ComputationGraph
+from pckernels.instructions import Loss
+from pckernels.interpreter import Memory
+from pckernels.lowering import lower
+from pckernels.objective import Objective as Target
+from pckernels.program import Program, numel
+from pckernels.rules import Dynamics
+
+Execute = Callable[[Compiled, Memory, int, float], None]
+Objectives = tuple[tuple[str, Objective], ...]
+
+
+@lru_cache(maxsize=64)
+def lowered(graph: ComputationGraph) -> Program | str:
+    """The graph's program, or why there is none."""
+    try:
+        return lower(graph)
+    except Unsupported as error:
+        return str(error)
+
+
+@lru_cache(maxsize=256)
+def compiled(graph: ComputationGraph, dynamics: Dynamics | None, objectives: Objectives, learning: frozenset[str]) -> Compiled | str:
+    """The code for one kind of call (without a target: no dynamics), or why there is none."""
+    program = lowered(graph)
+    if isinstance(program, str):
+        return program
+    try:
+        if dynamics is None:
+            return compile_feed_forward(program)
+        if dynamics.closed_form:
+            return compile_sweep(program, graph, make_plan(graph, dynamics, closed_form.plan_dtype(graph)), dict(objectives), learning)
+        return compile_steps(program, graph, dynamics, dict(objectives), learning)
+    except Unsupported as error:
+        return str(error)
+
+
+def refusal(call: Call) -> str | None:
+    """Why no native backend can run a call, or None."""
+    trace = call.trace
+    if not trace.batched:
+        return "the trace holds for one batch size alone"
+    held = next((name for name, derived in trace.graph.derived.items() if derived.kind == "held"), None)
+    if held is not None:
+        return "dropout masks and batch statistics are drawn or measured in the feed-forward pass, which only the reference does"
+    if call.record:
+        return "record=True keeps every step, which only the reference does"
+    if call.objective is not None and not (isinstance(call.objective, Target) and isinstance(call.objective.loss, str)):
+        return "a loss of one's own is a PyTorch function, which runs in the reference alone"
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "autocast is on"
+    code = _code(call)
+    return code if isinstance(code, str) else None
+
+
+def _code(call: Call) -> Compiled | str:
+    dynamics = call.dynamics if call.objective is not None else None
+    return compiled(call.trace.graph, dynamics, _objectives(call), _learning(call))
+
+
+def _objectives(call: Call) -> Objectives:
+    if not isinstance(call.objective, Target):
+        return ()
+    if call.objective.loss == "squared_error":
+        return tuple((name, Objective(Loss.SQUARED_ERROR)) for name in call.objective.targets)
+    shapes = {name: call.trace.graph[name].shape for name in call.objective.targets}
+    return tuple((name, Objective(Loss.CROSS_ENTROPY, shape[-1])) for name, shape in shapes.items())
+
+
+def _learning(call: Call) -> frozenset[str]:
+    """The weights that stages read whose gradients are wanted: parameters, and functions of parameters."""
+    if not call.learn:
+        return frozenset()
+    graph = call.trace.graph
+    found = {name for name in call.trace.parameters if call.tensors[name].requires_grad}
+    for name in graph.schedule:
+        derived = graph.derived.get(name)
+        if derived is not None and derived.kind == "weight" and found & set(derived.reads):
+            found.add(name)
+    return frozenset(found)
+
+
+def run(call: Call, execute: Execute) -> Outcome:
+    """One inference."""
+    code = _code(call)
+    assert not isinstance(code, str), code
+    return _Run(call, code, execute).outcome()
+
+
+class _Run:
+    """The tensors of one run, by the names of the code's places."""
+
+    def __init__(self, call: Call, code: Compiled, execute: Execute):
+        self.call, self.code, self.execute = call, code, execute
+        self.graph = call.trace.graph
+        program = lowered(self.graph)
+        assert isinstance(program, Program)
+        self.program = program
+        assert call.size is not None
+        self.batch = call.size
+        outside = {node.name for node in program.nodes if node.external}
+        self.bound = Bound(self.graph, call, held=self._shapes(), only=outside)
+        self.sign = -1.0 * float(call.factor)
+        self.io = {(place.kind, place.name): self._tensor(place) for place in code.io}
+        self.weights = [self._weight(info.name) for info in program.weights]
+        self.gradients = {name: torch.empty_like(self._weight(name)) for name in code.gradients}
+        self.energies = torch.empty(code.code.steps + 1, code.code.energies, dtype=torch.float64)
+        memory = Memory(self.weights, list(self.io.values()), list(self.gradients.values()), self.energies)
+        if self.batch:
+            execute(code, memory, self.batch, self.sign)
+        else:
+            self._nothing(memory)
+
+    def _shapes(self) -> dict[str, Tensor]:
+        """Stand-ins for the value nodes whose shapes constants read, such as the zeros that an LSTM starts from."""
+        read = {name for derived in self.graph.derived.values() for name in derived.reads if name in self.program.shapes}
+        return {name: self._shaped(torch.zeros(()).expand(self.batch, numel(self.program.shapes[name])), name) for name in read}
+
+    def _nothing(self, memory: Memory) -> None:
+        for tensor in (*memory.gradients, memory.energies):
+            tensor.zero_()
+
+    def _weight(self, name: str) -> Tensor:
+        return self.bound.weights[name].detach().contiguous()
+
+    def _tensor(self, place: Place) -> Tensor:
+        """What a slot reads, one row for each sample; or new memory for what it takes."""
+        if place.kind == "input":
+            found = self.bound.weights.get(place.name)
+            return self._rows(found.detach() if found is not None else self._outside(place.name), place)
+        if place.kind == "external":
+            return self._rows(self.bound.mu[place.name], place)
+        if place.kind == "target":
+            assert isinstance(self.call.objective, Target)
+            return self._rows(self.call.objective.targets[place.name], place)
+        return torch.empty(self.batch, place.n, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.graph.vertices[0].dtype or torch.float32
+
+    def _outside(self, name: str) -> Tensor:
+        tensor = self.bound.environment[name]
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def _rows(self, tensor: Tensor, place: Place) -> Tensor:
+        rows = tensor.movedim(self.program.batch_axes[place.name], 0).reshape(self.batch, place.n)
+        return rows.to(self.dtype).contiguous()
+
+    def _shaped(self, rows: Tensor, name: str) -> Tensor:
+        """A row for each sample, as the vertex's tensor."""
+        return rows.reshape(self.batch, *self.program.shapes[name]).movedim(0, self.program.batch_axes[name])
+
+    # Results
+
+    def outcome(self) -> Outcome:
+        if self.call.objective is None:
+            return self._feed_forward_outcome()
+        losses = torch.stack([rows.view(-1) for (kind, _), rows in self.io.items() if kind == "losses"]).sum(0)
+        trajectory = self._trajectory(losses)
+        divergence = diverged(trajectory) if self.call.dynamics.moves == "values" else None
+        good = self.energies.isfinite().all()
+        return Outcome(
+            losses=losses,
+            values=Lazy(self._values),
+            errors=Lazy(self._errors),
+            energy=(lambda: trajectory) if self.code.carried else Lazy(self._energy_of_sweep(losses)),
+            good=good if divergence is None else good & ~divergence.any(),
+            complaint=lambda: complaint(self._feed_forward(), self.call.dynamics, trajectory, self._errors(), divergence),
+            plan=self._plan(),
+            gradients=self._gradients() if self.call.learn else {},
+        )
+
+    def _trajectory(self, losses: Tensor) -> Tensor:
+        """F at the steps that ran; a loss stays where its prediction does."""
+        total = self.energies.sum(1)
+        total[1:] += self.energies[0, list(self.code.still)].sum()
+        return total.to(losses.dtype)
+
+    def _feed_forward_outcome(self) -> Outcome:
+        return feed_forward_outcome({name: self._value(name) for name in self.energy_names}, {})
+
+    def _feed_forward(self) -> dict[str, Tensor]:
+        """The feed-forward predictions, which the call has not kept."""
+        code = compiled(self.graph, None, (), frozenset())
+        assert isinstance(code, Compiled)
+        return _Run(replace(self.call, objective=None, learn=False), code, self.execute).outcome().values()
+
+    def _errors(self) -> dict[str, Tensor]:
+        found = {}
+        for node in self.program.nodes:
+            coefficient = self.code.coefficients.get(node.name, 0.0)
+            if coefficient == 0.0:
+                found[node.name] = torch.zeros_like(self._value(node.name))
+            else:
+                error = self._shaped(self.io["error", node.name], node.name)
+                found[node.name] = error if coefficient == 1.0 else coefficient * error
+        return found
+
+    def _value(self, name: str) -> Tensor:
+        return self._shaped(self.io["value", name], name)
+
+    def _values(self) -> dict[str, Tensor]:
+        """Moved values as they are; otherwise mu + eps, and of an output mu."""
+        values = {node.name: self._value(node.name) for node in self.program.nodes}
+        if self.call.dynamics.moves == "errors":
+            errors = self._errors()
+            values = {name: mu if name in self.program.outputs else mu + errors[name] for name, mu in values.items()}
+        return values
+
+    def _energy_of_sweep(self, losses: Tensor) -> Callable[[], Tensor]:
+        """F at t = 0 .. T from the squares of the sweep's errors; where several path lengths make one up, by the reference."""
+        plan = make_plan(self.graph, self.call.dynamics, closed_form.plan_dtype(self.graph))
+        squares = {name: self.energies[0, slot] for slot, name in enumerate(self.energy_names) if name not in self.program.outputs}
+        if self.call.dynamics.learn_on_arrival:
+            return lambda: arrival_energy(self.graph, squares, losses)
+        if any(len(lengths) > 1 for lengths in self.code.lengths.values()):
+            return closed_form.energy_later(self.call)
+        return lambda: sweep_energy(plan, self.code, squares, losses)
+
+    @property
+    def energy_names(self) -> list[str]:
+        return [node.name for node in self.program.nodes]
+
+    def _plan(self) -> str:
+        dynamics, code = self.call.dynamics, self.code.code
+        kind = "strict dynamics" if dynamics.moves == "values" else "fixed prediction"
+        if dynamics.closed_form:
+            what = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else f"{kind} in closed form, one backward sweep"
+        else:
+            what = f"{kind}, {code.steps} steps"
+        order = ", one time step after the other" if dynamics.nested else ""
+        return f"{what}{order}: {len(code.instructions)} instructions over {len(self.program.nodes)} vertices, {code.rows} numbers a sample"
+
+    # Learning
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Parameter in the graph -> dF/dtheta times the factor, also through functions of parameters and of vertices outside."""
+        found = dict(self.gradients)
+        for (kind, name), rows in self.io.items():
+            if kind == "gradient":
+                found[name] = self._per_sample_gradient(name, rows)
+        updates = LocalUpdates(self.bound, self.call.factor)
+        errors = self._errors() if self.bound.locals else {}
+        for name, local in self.bound.locals.items():
+            updates.learn(local, errors[name])
+        return updates.gradients(found)
+
+    def _per_sample_gradient(self, name: str, rows: Tensor) -> Tensor:
+        shape, axis = list(self.bound.weights[name].shape), self.program.batch_axes[name]
+        return rows.view(shape.pop(axis), *shape).movedim(0, axis) * self.sign
+
+
+def sweep_energy(plan: Plan, code: Compiled, squares: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+    """F(t) = loss + 1/2 sum_i c_k(t)^2 ||delta_i||^2, where every vertex has one path length k."""
+    total = losses.double().sum().repeat(len(plan.rows))
+    for name, square in squares.items():
+        for length in code.lengths.get(name, ()):
+            c = torch.tensor([row[length] if length < len(row) else 0.0 for row in plan.rows], dtype=torch.float64)
+            weight = code.coefficients.get(name, 0.0)
+            total = total + (0.5 * c.square() * square if weight else 0.0)
+    return total.to(losses.dtype)
+
+
+def arrival_energy(graph: ComputationGraph, squares: Mapping[str, Tensor], losses: Tensor) -> Tensor:
+    """F after d updates: the loss, and the errors of the vertices that have learned by then."""
+    energies = [losses.double().sum()]
+    for distance in range(1, graph.depth + 1):
+        arrived = [square for name, square in squares.items() if graph[name].distance == distance]
+        energies.append(energies[-1] + 0.5 * sum(arrived))
+    return torch.stack(energies).to(losses.dtype)

@@ -1,0 +1,275 @@
+"""A program and a rule become code: one function for each family of dynamics. Rules arrive as data; no rule is known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pckernels.arena import Array, Draft
+from pckernels.backends.path_lengths import Plan
+from pckernels.emitter import Emitter, Objective, Place
+from pckernels.errors import Unsupported
+from pckernels.graph import ComputationGraph
+from pckernels.instructions import Code, Op
+from pckernels.program import Node, Program, WeightInfo
+from pckernels.rules import Dynamics
+from pckernels.schedule import error_groups, light_cone, steps_on, sweep_groups
+
+ALIKE = -1  # path lengths whose coefficients are all 1 from here up
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """Code with what its slots stand for.
+
+    Attributes:
+        weights: what each weight slot is; io: each io slot; gradients: the weight of each gradient slot.
+        coefficients: what each node's stored error is to be multiplied by; nodes that are missing have no error.
+        lengths: of a sweep, the path lengths that make up each node's error.
+        carried: whether energies are those of the steps; otherwise they are ||delta||^2 of each node, once.
+        still: energy slots of losses that the steps do not move: they are known from the start.
+    """
+
+    code: Code
+    weights: tuple[WeightInfo, ...]
+    io: tuple[Place, ...]
+    gradients: tuple[str, ...]
+    coefficients: dict[str, float]
+    carried: bool
+    still: tuple[int, ...] = ()
+    lengths: dict[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def gradient_sizes(self) -> list[int]:
+        """Elements of each gradient slot."""
+        sizes = {info.name: info.outputs * info.inputs for info in self.weights}
+        return [sizes[name] for name in self.gradients]
+
+
+def compile_feed_forward(program: Program) -> Compiled:
+    """Values without a target."""
+    emitter = Emitter(program, {}, frozenset(), live=False)
+    emitter.section(0, 0)
+    for node in program.nodes:
+        emitter.feed_forward(node)
+        emitter.store_value(node)
+    return _compiled(emitter, 0, {}, carried=True)
+
+
+def compile_steps(
+    program: Program, graph: ComputationGraph, dynamics: Dynamics, objectives: Mapping[str, Objective], learning: frozenset[str]
+) -> Compiled:
+    """T steps, one after the other: of the values (predictions follow) or of the errors (predictions stay)."""
+    if dynamics.tolerance is not None:
+        raise Unsupported("tolerance= lets each sample rest by itself, which only the reference does")
+    if dynamics.learn_on_arrival:
+        raise Unsupported("the literal zero-divergence dynamics run on the levelled graph, which only the reference has")
+    steps = steps_on(graph, dynamics.steps)
+    emitter = Emitter(program, objectives, learning, live=dynamics.moves == "values")
+    emitter.section(0, 0)
+    for node in program.nodes:
+        emitter.feed_forward(node)
+        emitter.loss(node, at_start=True)
+    if dynamics.moves == "values":
+        _Values(emitter, graph, dynamics).loop(steps)
+    else:
+        _Errors(emitter, graph, dynamics).loop(steps)
+    emitter.section(steps, steps)
+    _learn_and_store(emitter)
+    return _compiled(emitter, steps, dict.fromkeys(_with_errors(emitter), 1.0), carried=True)
+
+
+def _learn_and_store(emitter: Emitter) -> None:
+    names = _with_errors(emitter)
+    for node in emitter.program.nodes:
+        emitter.store_value(node)
+    for node in emitter.program.nodes:
+        if node.name in names:
+            emitter.store_error(node, emitter.errors[node.name])
+            emitter.feedback(node, emitter.errors[node.name], {}, set(), learn=True)
+
+
+def _with_errors(emitter: Emitter) -> set[str]:
+    return {node.name for node in emitter.hidden} | set(emitter.objectives)
+
+
+def _compiled(emitter: Emitter, steps: int, coefficients: dict[str, float], carried: bool) -> Compiled:
+    code = emitter.finished(steps)
+    io = tuple(place for _, place in emitter.io.values())
+    outputs = (emitter.nodes[name] for name in emitter.objectives)
+    still = tuple(emitter.energy_slots[node.name] for node in outputs if node.prediction not in emitter.moving)
+    return Compiled(code, emitter.program.weights, io, tuple(emitter.gradients), coefficients, carried, still)
+
+
+class _Errors:
+    """Fixed prediction: eps_i <- (1 - rate) eps_i + rate * feedback, all of a group at once."""
+
+    def __init__(self, emitter: Emitter, graph: ComputationGraph, dynamics: Dynamics):
+        self.emitter, self.graph, self.dynamics = emitter, graph, dynamics
+
+    def loop(self, steps: int) -> None:
+        for group in error_groups(self.graph, self.dynamics):
+            self.emitter.section(1, steps)
+            self._step([self.emitter.nodes[name] for name in group])
+
+    def _step(self, group: Sequence[Node]) -> None:
+        sinks = {node.prediction: self.emitter.array(node.prediction, "feedback") for node in group}
+        written: set[Array] = set()
+        arrives = {node.name: self._arrives(node) for node in self.emitter.program.nodes}
+        for child in sorted(self.emitter.program.nodes, key=lambda node: arrives[node.name]):
+            if child.name in _with_errors(self.emitter):
+                self.emitter.first = arrives[child.name] + 1
+                self.emitter.feedback(child, self.emitter.errors[child.name], sinks, written)
+        for node in group:
+            self.emitter.first = arrives[node.name]
+            error, fed = self.emitter.errors[node.name], sinks[node.prediction]
+            self.emitter.emit(Draft(Op.RELAX, error, fed if fed in written else None, n=error.n, f=(self.dynamics.rate,)))
+            self.emitter.norm(node, error, 0.5)
+
+    def _arrives(self, node: Node) -> int:
+        """The step before which the error is zero; in nested order the errors of later time steps are there from the start."""
+        return 0 if self.dynamics.nested else self.graph[node.name].shortest
+
+
+class _Values:
+    """Gradient descent of F on the values, one group after the other; predictions and errors are refreshed in between."""
+
+    def __init__(self, emitter: Emitter, graph: ComputationGraph, dynamics: Dynamics):
+        self.emitter, self.graph, self.dynamics = emitter, graph, dynamics
+        jacobi = dynamics.sweep == "jacobi"
+        self.arrives = light_cone(graph) if jacobi else dict.fromkeys((v.name for v in graph.vertices), 0)
+        self.moves = {name: self._moves(name) if jacobi else 0 for name in emitter.displacements}
+        self.velocities = {n.name: emitter.array(n.prediction, "velocity") for n in emitter.hidden if dynamics.momentum}
+
+    def _moves(self, name: str) -> int:
+        return 1 + min([self.arrives[name], *(self.arrives[child] for child in self.graph.children[name])])
+
+    def loop(self, steps: int) -> None:
+        self.emitter.section(1, steps)
+        for group in sweep_groups(self.graph, self.dynamics.sweep):
+            nodes = [self.emitter.nodes[name] for name in group]
+            self._move(nodes)
+            self._refresh(nodes)
+        for node in self.emitter.hidden:
+            self.emitter.first = self.arrives[node.name]
+            self.emitter.norm(node, self.emitter.errors[node.name], 0.5)
+
+    def _move(self, group: Sequence[Node]) -> None:
+        emitter = self.emitter
+        sinks = {node.prediction: emitter.array(node.prediction, "feedback") for node in group}
+        written: set[Array] = set()
+        for child in sorted(emitter.program.nodes, key=lambda node: self.arrives[node.name]):
+            if child.name in _with_errors(emitter):
+                emitter.first = self.arrives[child.name] + 1
+                emitter.feedback(child, emitter.errors[child.name], sinks, written)
+        factors = (self.dynamics.rate, self.dynamics.momentum, 1.0)
+        for node in group:
+            emitter.first = self.moves[node.name]
+            d, fed = emitter.displacements[node.name], sinks[node.prediction]
+            velocity = self.velocities.get(node.name)
+            move = Draft(Op.MOVE, d, emitter.errors[node.name], fed if fed in written else None, velocity, n=d.n, f=factors)
+            emitter.emit(move)
+
+    def _refresh(self, group: Iterable[Node]) -> None:
+        emitter, moved = self.emitter, {node.name for node in group}
+        for node in emitter.program.nodes:
+            reads = [parent.name for parent in emitter.parents(node) if parent.name in moved]
+            if reads:
+                emitter.first = min(self.moves[name] for name in reads)
+                emitter.refresh(node)
+            if node.name in emitter.displacements and (reads or node.name in moved):
+                emitter.first = min([self.moves[name] for name in reads] + [self.moves[node.name]])
+                emitter.error(node)
+            elif reads:
+                emitter.first = 0
+                emitter.loss(node, at_start=False)
+
+
+def compile_sweep(
+    program: Program, graph: ComputationGraph, plan: Plan, objectives: Mapping[str, Objective], learning: frozenset[str]
+) -> Compiled:
+    """The T-step errors of fixed prediction by one backward sweep (backends/closed_form.py has the mathematics)."""
+    emitter = Emitter(program, objectives, learning, live=False)
+    emitter.section(0, 0)
+    for node in program.nodes:
+        emitter.feed_forward(node)
+        emitter.store_value(node)
+        emitter.loss(node, at_start=True)
+    sweep = _Sweep(emitter, graph, plan)
+    for node in reversed(program.nodes):
+        sweep.visit(node)
+    compiled = _compiled(emitter, 0, sweep.coefficients, carried=False)
+    compiled.lengths.update(sweep.lengths)
+    return compiled
+
+
+class _Sweep:
+    """Components of the errors, by path length, from the outputs up."""
+
+    def __init__(self, emitter: Emitter, graph: ComputationGraph, plan: Plan):
+        self.emitter, self.graph, self.plan = emitter, graph, plan
+        self.components: dict[str, dict[int, Array]] = {name: {0: emitter.errors[name]} for name in emitter.objectives}
+        self.lengths: dict[str, set[int]] = {name: {0} for name in emitter.objectives}
+        self.coefficients: dict[str, float] = {}
+        self.written: set[Array] = set()
+
+    def visit(self, node: Node) -> None:
+        own = self.components.get(node.name)
+        if own:
+            near, far = self._parents(node)
+            (self._alone if len(own) == 1 else self._mixture)(node, own, near, far)
+
+    def _alone(self, node: Node, own: Mapping[int, Array], near: list[Node], far: list[Node]) -> None:
+        ((length, error),) = own.items()
+        weight = self._weight(length)
+        if far and weight != 1.0:
+            self._mixture(node, own, near, far)
+            return
+        sinks = {**self._sinks(near, node, length), **self._sinks(far, node, None)}
+        self.emitter.feedback(node, error, sinks, self.written, learn=True, coefficient=weight)
+        self._keep(node, error, weight, error)
+
+    def _mixture(self, node: Node, own: Mapping[int, Array], near: list[Node], far: list[Node]) -> None:
+        total = Array(self.emitter.errors[node.name].n, f"{node.name}:final")
+        for length, part in own.items():
+            self.emitter.emit(Draft(Op.ADD, total, part, n=part.n, f=(self._weight(length), 0.0), accumulate=total in self.written))
+            self.written.add(total)
+            self.emitter.feedback(node, part, self._sinks(near, node, length), self.written)
+        self.emitter.feedback(node, total, self._sinks(far, node, None), self.written, learn=True)
+        self._keep(node, total, 1.0, part)
+
+    def _keep(self, node: Node, error: Array, weight: float, delta: Array) -> None:
+        """Store `error`, to be multiplied by `weight`, and the square of the node's delta (of one of them, where there are several)."""
+        self.coefficients[node.name] = weight
+        self.emitter.store_error(node, error)
+        if node.name not in self.emitter.objectives:
+            self.emitter.norm(node, delta, 1.0)
+
+    def _parents(self, node: Node) -> tuple[list[Node], list[Node]]:
+        """Those that relax together with the node, and those of earlier time steps."""
+        group = None if node.name in self.graph.outputs else self.plan.groups[node.name]
+        parents = self.emitter.parents(node)
+        near = [parent for parent in parents if group in (None, self.plan.groups[parent.name])]
+        return near, [parent for parent in parents if parent not in near]
+
+    def _sinks(self, parents: Iterable[Node], child: Node, length: int | None) -> dict[int, Array]:
+        """Where feedback along one more edge is added up; None stands for a constant, at the rim of a group."""
+        found = {}
+        for parent in parents:
+            key = self._key(parent, 1 if length is None else length + 1, length == ALIKE)
+            if key is not None:
+                components = self.components.setdefault(parent.name, {})
+                if key not in components:
+                    components[key] = self.emitter.array(parent.prediction, f"delta {key}")
+                found[parent.prediction] = components[key]
+                lengths = {1} if length is None else {k + 1 for k in (self.lengths[child.name] if length == ALIKE else {length})}
+                self.lengths.setdefault(parent.name, set()).update(lengths)
+        return found
+
+    def _key(self, parent: Node, length: int, alike: bool) -> int | None:
+        if alike or length + self.plan.above[parent.name] <= self.plan.ones:
+            return ALIKE
+        return None if length >= self.plan.zeros else length
+
+    def _weight(self, length: int) -> float:
+        return 1.0 if length == ALIKE else self.plan.weight(length)
