@@ -128,8 +128,8 @@ class _Run:
         self.sign = -1.0 * float(call.factor)
         self.io = {(place.kind, place.name): self._tensor(place) for place in code.io}
         self.weights = [self._weight(info.name) for info in program.weights]
-        self.gradients = {name: torch.empty_like(self._weight(name)) for name in code.gradients}
-        self.energies = torch.empty(code.code.steps + 1, code.code.energies, dtype=torch.float64)
+        self.gradients = {name: self._new(*self.bound.weights[name].shape) for name in code.gradients}
+        self.energies = self._new(code.code.steps + 1, code.code.energies, dtype=torch.float64)
         memory = Memory(self.weights, list(self.io.values()), list(self.gradients.values()), self.energies)
         if self.batch:
             execute(code, memory, self.batch, self.sign)
@@ -158,11 +158,15 @@ class _Run:
         if place.kind == "target":
             assert isinstance(self.call.objective, Target)
             return self._rows(self.call.objective.targets[place.name], place)
-        return torch.empty(self.batch, place.n, dtype=self.dtype)
+        return self._new(self.batch, place.n)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.graph.vertices[0].dtype or torch.float32
+
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory that the code writes whole."""
+        return torch.empty(shape, dtype=dtype or self.dtype)
 
     def _outside(self, name: str) -> Tensor:
         tensor = self.bound.environment[name]
