@@ -42,7 +42,7 @@ class Compiled:
     @property
     def gradient_sizes(self) -> list[int]:
         """Elements of each gradient slot."""
-        sizes = {info.name: info.outputs * info.inputs for info in self.weights}
+        sizes = {info.name: info.outputs * info.inputs for info in self.weights if not info.gram}
         return [sizes[name] for name in self.gradients]
 
 
@@ -57,9 +57,17 @@ def compile_feed_forward(program: Program) -> Compiled:
 
 
 def compile_steps(
-    program: Program, graph: ComputationGraph, dynamics: Dynamics, objectives: Mapping[str, Objective], learning: frozenset[str]
+    program: Program,
+    graph: ComputationGraph,
+    dynamics: Dynamics,
+    objectives: Mapping[str, Objective],
+    learning: frozenset[str],
+    gram: bool = False,
 ) -> Compiled:
-    """T steps, one after the other: of the values (predictions follow) or of the errors (predictions stay)."""
+    """T steps, one after the other: of the values (predictions follow) or of the errors (predictions stay).
+
+    gram: hold displacements in the Gram form where there is one (see pays_as_gram).
+    """
     if dynamics.tolerance is not None:
         raise Unsupported("tolerance= lets each sample rest by itself, which only the reference does")
     if dynamics.learn_on_arrival:
@@ -71,10 +79,12 @@ def compile_steps(
         emitter.feed_forward(node)
         emitter.loss(node, at_start=True)
     if dynamics.moves == "values":
-        _Values(emitter, graph, dynamics).loop(steps)
+        _Values(emitter, graph, dynamics, gram).loop(steps)
     else:
         _Errors(emitter, graph, dynamics).loop(steps)
     emitter.section(steps, steps)
+    for folded in list(emitter.grams.values()):
+        emitter.unfold(folded)
     _learn_and_store(emitter)
     return _compiled(emitter, steps, dict.fromkeys(_with_errors(emitter), 1.0), carried=True)
 
@@ -98,7 +108,7 @@ def _compiled(emitter: Emitter, steps: int, coefficients: dict[str, float], carr
     io = tuple(place for _, place in emitter.io.values())
     outputs = (emitter.nodes[name] for name in emitter.objectives)
     still = tuple(emitter.energy_slots[node.name] for node in outputs if node.prediction not in emitter.moving)
-    return Compiled(code, emitter.program.weights, io, tuple(emitter.gradients), coefficients, carried, still)
+    return Compiled(code, tuple(emitter.weights), io, tuple(emitter.gradients), coefficients, carried, still)
 
 
 class _Errors:
@@ -134,12 +144,17 @@ class _Errors:
 class _Values:
     """Gradient descent of F on the values, one group after the other; predictions and errors are refreshed in between."""
 
-    def __init__(self, emitter: Emitter, graph: ComputationGraph, dynamics: Dynamics):
+    def __init__(self, emitter: Emitter, graph: ComputationGraph, dynamics: Dynamics, gram: bool):
         self.emitter, self.graph, self.dynamics = emitter, graph, dynamics
+        self.grams = {node.name: found for node in emitter.hidden if gram and (found := emitter.gram(node)) is not None}
         jacobi = dynamics.sweep == "jacobi"
         self.arrives = light_cone(graph) if jacobi else dict.fromkeys((v.name for v in graph.vertices), 0)
         self.moves = {name: self._moves(name) if jacobi else 0 for name in emitter.displacements}
-        self.velocities = {n.name: emitter.array(n.prediction, "velocity") for n in emitter.hidden if dynamics.momentum}
+        self.velocities = {node.name: self._like_state(node, "velocity") for node in emitter.hidden if dynamics.momentum}
+
+    def _like_state(self, node: Node, name: str) -> Array:
+        gram = self.grams.get(node.name)
+        return self.emitter.array(node.prediction if gram is None else gram.stage.output, name)
 
     def _moves(self, name: str) -> int:
         return 1 + min([self.arrives[name], *(self.arrives[child] for child in self.graph.children[name])])
@@ -152,7 +167,11 @@ class _Values:
             self._refresh(nodes)
         for node in self.emitter.hidden:
             self.emitter.first = self.arrives[node.name]
-            self.emitter.norm(node, self.emitter.errors[node.name], 0.5)
+            gram = self.grams.get(node.name)
+            if gram is None:
+                self.emitter.norm(node, self.emitter.errors[node.name], 0.5)
+            else:  # ||W^T h||^2 = h . W W^T h
+                self.emitter.norm(node, gram.state, 0.5, self.emitter.change(gram.stage.output, gram.child))
 
     def _move(self, group: Sequence[Node]) -> None:
         emitter = self.emitter
@@ -165,10 +184,14 @@ class _Values:
         factors = (self.dynamics.rate, self.dynamics.momentum, 1.0)
         for node in group:
             emitter.first = self.moves[node.name]
-            d, fed = emitter.displacements[node.name], sinks[node.prediction]
-            velocity = self.velocities.get(node.name)
-            move = Draft(Op.MOVE, d, emitter.errors[node.name], fed if fed in written else None, velocity, n=d.n, f=factors)
-            emitter.emit(move)
+            state, error, fed = emitter.displacements[node.name], emitter.errors[node.name], sinks[node.prediction]
+            if node.name in self.grams:
+                gram = self.grams[node.name]
+                state, error, fed = gram.state, gram.state, gram.feedback
+                written.add(fed)
+            emitter.emit(
+                Draft(Op.MOVE, state, error, fed if fed in written else None, self.velocities.get(node.name), n=state.n, f=factors)
+            )
 
     def _refresh(self, group: Iterable[Node]) -> None:
         emitter, moved = self.emitter, {node.name for node in group}
@@ -177,6 +200,8 @@ class _Values:
             if reads:
                 emitter.first = min(self.moves[name] for name in reads)
                 emitter.refresh(node)
+            if node.name in self.grams:
+                continue
             if node.name in emitter.displacements and (reads or node.name in moved):
                 emitter.first = min([self.moves[name] for name in reads] + [self.moves[node.name]])
                 emitter.error(node)

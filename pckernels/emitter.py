@@ -34,6 +34,27 @@ class Objective:
     classes: int = 0
 
 
+@dataclass(frozen=True)
+class Gram:
+    """A displacement d = W^T h held as h, where the only reader of d multiplies it by W: one product with W W^T in place of two.
+
+    Attributes:
+        node: whose displacement it is; `child` and `place`: the product that reads it.
+        state: h; `feedback`: the error at the product's output, which is the feedback into h; slot: of W W^T.
+    """
+
+    node: Node
+    child: Node
+    place: int
+    state: Array
+    feedback: Array
+    slot: int
+
+    @property
+    def stage(self) -> Stage:
+        return self.child.stages[self.place]
+
+
 class Emitter:
     """Drafts of one kind of call.
 
@@ -59,6 +80,8 @@ class Emitter:
         self._where: dict[tuple[str, int], Array] = {}
         self._targets: dict[str, Array] = {}
         self._conv_weights: set[str] = set()
+        self.weights = list(program.weights)
+        self.grams: dict[tuple[str, int], Gram] = {}
         self.errors = {node.name: self.array(node.prediction, "error") for node in program.nodes}
         self.displacements = {node.name: self.array(node.prediction, "displacement") for node in self.hidden if live}
         self.moved = {node.name: self.array(node.prediction, "change") for node in program.nodes if live}
@@ -105,7 +128,7 @@ class Emitter:
 
     def finished(self, steps: int) -> Code:
         phases, rows = assemble(self.sections)
-        counts = {"weights": len(self.program.weights), "io": len(self.io), "gradients": len(self.gradients)}
+        counts = {"weights": len(self.weights), "io": len(self.io), "gradients": len(self.gradients)}
         return Code(phases, rows, steps=steps, energies=len(self.energy_slots), products=tuple(self.products), **counts)
 
     # The feed-forward pass
@@ -132,17 +155,17 @@ class Emitter:
     def operands(self, node: Node, k: int, stage: Stage) -> Operands:
         inputs = tuple(self.base(buffer) for buffer in stage.inputs)
         changes = tuple(self.change(buffer) for buffer in stage.inputs) if self.live else ()
-        change = self.moved[node.name] if self.live and stage.output == node.prediction else self.change(stage.output)
+        change = self.change(stage.output, node) if self.live else None
         where = None
         if stage.kind is Kind.MAXPOOL:
             where = self._where.setdefault((node.name, k), Array(self.program.buffers[stage.output].size, f"{node.name}:where"))
         return Operands(inputs, self.base(stage.output), changes, change, where)
 
-    def change(self, buffer: int) -> Array | None:
-        """How far a buffer, read as an input, is from its feed-forward value; None where it never moves."""
+    def change(self, buffer: int, inside: Node | None = None) -> Array | None:
+        """How far a buffer is from its feed-forward value; None where it never moves. `inside`: as the output of a stage of this node."""
         node = self._node_of.get(buffer)
         if node is not None:
-            return self.displacements.get(node.name)
+            return self.moved[node.name] if node is inside else self.displacements.get(node.name)
         if buffer not in self.moving:
             return None
         return self._inner_change.setdefault(buffer, self.array(buffer, "change"))
@@ -176,7 +199,11 @@ class Emitter:
             arrays = self.operands(node, k, stage)
             if stage.kind is Kind.COPY and stage.output in self.moving and stage.output not in begun:
                 self._clear_still_parts(node, stage.output, arrays.change)
-            if any(change is not None for change in arrays.changes):
+            gram = self.grams.get((node.name, k))
+            if gram is not None:
+                positions, _, outputs = stage.p
+                self.emit(Draft(Op.LINEAR, arrays.change, gram.state, slot=gram.slot, p=(positions, outputs, outputs)))
+            elif any(change is not None for change in arrays.changes):
                 self.emit(stages.changed(stage, arrays, stage.kind in PRODUCTS and stage.output in begun))
             if stage.kind is Kind.COPY or arrays.changes[0] is not None:
                 begun.add(stage.output)
@@ -195,8 +222,32 @@ class Emitter:
         d = self.displacements[node.name]
         self.emit(Draft(Op.ERROR, self.errors[node.name], d, moved, n=d.n))
 
-    def norm(self, node: Node, error: Array, factor: float) -> None:
-        self.emit(Draft(Op.NORM, a=error, n=error.n, slot=self.energy_slots[node.name], f=(factor,)))
+    def norm(self, node: Node, error: Array, factor: float, other: Array | None = None) -> None:
+        self.emit(Draft(Op.NORM, a=error, b=other, n=error.n, slot=self.energy_slots[node.name], f=(factor,)))
+
+    # The Gram form
+
+    def gram(self, node: Node) -> Gram | None:
+        """The Gram form of a node's displacement, where there is one: a prediction that never moves, and one reader, a product."""
+        readers = [(child, k) for child in self.program.nodes for k, stage in enumerate(child.stages) if node.prediction in stage.inputs]
+        if node.prediction in self.moving or node.name not in self.displacements or len(readers) != 1:
+            return None
+        child, place = readers[0]
+        stage = child.stages[place]
+        alone = sum(other.output == stage.output for other in child.stages) == 1
+        if stage.kind is not Kind.LINEAR or not alone or stage.p[2] >= 2 * stage.p[1]:
+            return None
+        state, feedback = (self.array(stage.output, f"{what} of {node.name}") for what in ("state", "feedback"))
+        info = self.program.weights[stage.weight]
+        self.weights.append(replace(info, inputs=info.outputs, gram=True))
+        return self.grams.setdefault((child.name, place), Gram(node, child, place, state, feedback, len(self.weights) - 1))
+
+    def unfold(self, gram: Gram) -> None:
+        """d = W^T h, which is the node's error as well."""
+        d, stage = self.displacements[gram.node.name], gram.stage
+        self.emit(Draft(Op.LINEAR_T, d, gram.state, slot=stage.weight, p=stage.p))
+        self.emit(Draft(Op.ERROR, self.errors[gram.node.name], d, n=d.n))
+        del self.grams[gram.child.name, gram.place]
 
     # Feedback and learning
 
@@ -212,6 +263,10 @@ class Emitter:
         grads = {node.prediction: error}
         for k, stage in reversed(list(enumerate(node.stages))):
             if stage.output not in useful:
+                continue
+            gram = self.grams.get((node.name, k))
+            if gram is not None and stage.inputs[0] in sinks:
+                self.emit(Draft(Op.ADD, gram.feedback, grads[stage.output], n=gram.feedback.n, f=(1.0, 0.0)))
                 continue
             arrays = self.operands(node, k, stage)
             if learn and self._learns(stage):

@@ -79,11 +79,15 @@ class Node:
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """A tensor that stages read: its name in the graph, and its shape as (outputs, everything else)."""
+    """A tensor that stages read: its name in the graph, and its shape as (outputs, everything else).
+
+    `gram`: not the weight W (outputs, K) itself but W W^T, (outputs, outputs).
+    """
 
     name: str
     outputs: int
     inputs: int
+    gram: bool = False
 
 
 @dataclass(frozen=True)

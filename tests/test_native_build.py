@@ -32,8 +32,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 def build(folder: Path, name: str, sources: list[str], *flags: str) -> Path:
     target = folder / name
-    command = [str(COMPILER), "-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-pthread", *flags]
-    done = subprocess.run([*command, *(str(CSRC / source) for source in sources), "-o", str(target)], capture_output=True, text=True, check=False)
+    command = [str(COMPILER), "-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-pthread", *flags, "-o", str(target)]
+    done = subprocess.run([*command, *(str(CSRC / source) for source in sources)], capture_output=True, text=True, check=False)
     if done.returncode and "cannot find" in done.stderr and "san" in done.stderr:
         pytest.skip("this compiler comes without its sanitizers")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -53,8 +53,8 @@ class Example:
     memory: Memory
     batch: int
 
-    @property
-    def path_free(self) -> list[Tensor]:
+    def results(self) -> list[Tensor]:
+        """io, gradients and energies when the interpreter is done."""
         execute(self.code, self.memory, self.batch)
         return [*self.memory.io, *self.memory.gradients, self.memory.energies]
 
@@ -107,7 +107,7 @@ def race_test(folder: Path) -> Path:
 
 def check_results(path: Path, expected: Example, gradients: bool) -> None:
     """The results of a test program are those of the interpreter."""
-    want = expected.path_free
+    want = expected.results()
     floats = sum(tensor.numel() for tensor in want[:-1])
     raw = path.read_bytes()
     got = torch.cat([torch.from_numpy(numpy.frombuffer(raw[: 4 * floats], numpy.float32).copy()).double(), doubles(raw[4 * floats :])])

@@ -301,18 +301,33 @@ def test_recorded_steps_are_refused(interpreted: Interpreted) -> None:
 # Code
 
 
-def mlp_code(steps: int = 5) -> Compiled:
+def mlp_code(steps: int = 5, gram: bool = False) -> Compiled:
     network = pck.PCNetwork(
         nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 3)), pck.Strict(steps, 0.1)
     )
     graph = network.trace(torch.randn(2, 6))
-    return compile_steps(lower(graph), graph, pck.Strict(steps, 0.1).dynamics, {"output": Objective(Loss.SQUARED_ERROR)}, frozenset())
+    return compile_steps(lower(graph), graph, pck.Strict(steps, 0.1).dynamics, {"output": Objective(Loss.SQUARED_ERROR)}, frozenset(), gram)
 
 
 def test_the_constant_first_product_is_not_in_the_loop() -> None:
     loop = mlp_code().code.phases[1]
     assert [i.p[1] for i in loop.instructions if i.op is Op.LINEAR] == [50, 40]
     assert [i.p[1] for i in loop.instructions if i.op is Op.LINEAR_T] == [40, 50]
+
+
+def test_the_gram_form_needs_one_product_in_place_of_two() -> None:
+    loop = mlp_code(gram=True).code.phases[1]
+    assert [i.p[1:3] for i in loop.instructions if i.op is Op.LINEAR] == [(40, 40), (40, 3)]
+    assert [i.p[1:3] for i in loop.instructions if i.op is Op.LINEAR_T] == [(40, 3)]
+
+
+@pytest.mark.parametrize("rule", [pck.Strict(1, 0.2), pck.Strict(7, 0.2, momentum=0.6)], ids=str)
+def test_the_gram_form_computes_the_same(rule: pck.Strict, monkeypatch: pytest.MonkeyPatch, interpreted: Interpreted) -> None:
+    module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    for pays in (False, True):
+        monkeypatch.setattr(native, "_gram", lambda call, pays=pays: pays)
+        assert_same(pck.PCNetwork(module, rule), (torch.randn(4, 6).double(),), torch.randn(4, 3).double())
+    assert interpreted.runs == 2
 
 
 def test_the_light_cone_delays_what_is_zero() -> None:

@@ -28,7 +28,7 @@ from pckernels.instructions import Loss
 from pckernels.interpreter import Memory
 from pckernels.lowering import lower
 from pckernels.objective import Objective as Target
-from pckernels.program import Program, numel
+from pckernels.program import Program, WeightInfo, numel
 from pckernels.rules import Dynamics
 
 Execute = Callable[[Compiled, Memory, int, float], None]
@@ -45,7 +45,9 @@ def lowered(graph: ComputationGraph) -> Program | str:
 
 
 @lru_cache(maxsize=256)
-def compiled(graph: ComputationGraph, dynamics: Dynamics | None, objectives: Objectives, learning: frozenset[str]) -> Compiled | str:
+def compiled(
+    graph: ComputationGraph, dynamics: Dynamics | None, objectives: Objectives, learning: frozenset[str], gram: bool = False
+) -> Compiled | str:
     """The code for one kind of call (without a target: no dynamics), or why there is none."""
     program = lowered(graph)
     if isinstance(program, str):
@@ -55,7 +57,7 @@ def compiled(graph: ComputationGraph, dynamics: Dynamics | None, objectives: Obj
             return compile_feed_forward(program)
         if dynamics.closed_form:
             return compile_sweep(program, graph, make_plan(graph, dynamics, closed_form.plan_dtype(graph)), dict(objectives), learning)
-        return compile_steps(program, graph, dynamics, dict(objectives), learning)
+        return compile_steps(program, graph, dynamics, dict(objectives), learning, gram)
     except Unsupported as error:
         return str(error)
 
@@ -80,7 +82,16 @@ def refusal(call: Call) -> str | None:
 
 def _code(call: Call) -> Compiled | str:
     dynamics = call.dynamics if call.objective is not None else None
-    return compiled(call.trace.graph, dynamics, _objectives(call), _learning(call))
+    return compiled(call.trace.graph, dynamics, _objectives(call), _learning(call), _gram(call))
+
+
+def _gram(call: Call) -> bool:
+    """Whether the Gram form pays: it costs a product W W^T a call, and saves one product a step."""
+    program = lowered(call.trace.graph)
+    dynamics = call.dynamics
+    if isinstance(program, str) or dynamics.moves != "values" or not dynamics.steps or call.size is None:
+        return False
+    return dynamics.steps * call.size >= 2 * min(info.outputs for info in program.weights)
 
 
 def _objectives(call: Call) -> Objectives:
@@ -127,7 +138,7 @@ class _Run:
         self.bound = Bound(self.graph, call, held=self._shapes(), only=outside)
         self.sign = -1.0 * float(call.factor)
         self.io = {(place.kind, place.name): self._tensor(place) for place in code.io}
-        self.weights = [self._weight(info.name) for info in program.weights]
+        self.weights = [self._weight(info) for info in code.weights]
         self.gradients = {name: self._new(*self.bound.weights[name].shape) for name in code.gradients}
         self.energies = self._new(code.code.steps + 1, code.code.energies, dtype=torch.float64)
         memory = Memory(self.weights, list(self.io.values()), list(self.gradients.values()), self.energies)
@@ -145,8 +156,12 @@ class _Run:
         for tensor in (*memory.gradients, memory.energies):
             tensor.zero_()
 
-    def _weight(self, name: str) -> Tensor:
-        return self.bound.weights[name].detach().contiguous()
+    def _weight(self, info: WeightInfo) -> Tensor:
+        weight = self.bound.weights[info.name].detach().contiguous()
+        if not info.gram:
+            return weight
+        rows = weight.view(info.outputs, -1)
+        return rows @ rows.t()
 
     def _tensor(self, place: Place) -> Tensor:
         """What a slot reads, one row for each sample; or new memory for what it takes."""
