@@ -39,12 +39,11 @@ def _hooked(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _root(module: nn.Module, parameters: Sequence[Tensor], gradients: list[Tensor]) -> Tensor:
     """A scalar whose backward, run by the engine, is exactly one accumulation into each parameter's `.grad`."""
-    giver = _Giver(parameters, gradients)
     if not isinstance(module, nn.parallel.DistributedDataParallel):
-        return giver.forward()
+        return _Give.apply(gradients, *parameters)
     # The wrapper expects gradients only behind a forward of its own: give it one that computes nothing.
     inner = module.module
-    module.module = giver
+    module.module = _Giver(parameters, gradients)
     try:
         return module()
     finally:

@@ -1,11 +1,16 @@
 """Products with a weight on the CPU in float32: PyTorch's own, by whichever of its two libraries is faster.
 
-PyTorch multiplies float32 matrices by BLAS. Where that is MKL on a processor of another maker, it runs at about half the
-rate of oneDNN, which PyTorch carries as well and uses for convolutions and recurrent layers. Large products go there.
+PyTorch multiplies float32 matrices by BLAS. Where that is MKL on an AMD processor with AVX-512, it runs at about half the
+rate of oneDNN, which PyTorch carries as well and uses for convolutions and recurrent layers. Large products go there. On
+AMD processors without AVX-512 and on Intel's the two are equally fast, and products stay where PyTorch puts them.
 """
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +30,19 @@ def _onednn() -> Any:
 _LINEAR = _onednn()
 
 
+@lru_cache(maxsize=1)
+def onednn_is_faster() -> bool:
+    """Told from the processor, not from a clock: the choice changes roundings, and a resumed run has to make it again."""
+    if _LINEAR is None or not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
+
+
 def is_worth(rows: int, x: Tensor, weight: Tensor, least: int = _WORTH) -> bool:
     """Whether rows x inputs times inputs x outputs is large enough, and of a kind that oneDNN takes."""
     return bool(
-        _LINEAR is not None
+        onednn_is_faster()
         and rows * weight.shape[0] * weight.shape[1] >= least
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
@@ -97,8 +111,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return z if z.requires_grad or not torch.is_grad_enabled() else z.requires_grad_()
 
 
-def outer_products(columns: Tensor, inputs: Tensor) -> Tensor:
-    """The sum of the outer products of errors and inputs: columns (outputs, samples) times inputs (samples, inputs)."""
-    if columns.dtype == inputs.dtype and is_worth(columns.shape[0], columns, inputs):
-        return _LINEAR(columns, inputs.t(), None, "none", [], "")
-    return columns @ inputs
+def stacked(errors: Sequence[Tensor]) -> Tensor:
+    """Errors (samples, outputs), below one another, laid out in memory as the library that multiplies them reads them best."""
+    if len(errors) > 1 and onednn_is_faster():
+        return torch.cat([error.t() for error in errors], 1).t()
+    return errors[0] if len(errors) == 1 else torch.cat(list(errors))
+
+
+def outer_products(errors: Tensor, inputs: Tensor, factor: float | Tensor) -> Tensor:
+    """factor errors^T inputs, the sum of the samples' outer products: (outputs, inputs)."""
+    if errors.dtype == inputs.dtype and is_worth(errors.shape[1], errors, inputs):
+        return _LINEAR(errors.t(), inputs.t(), None, "none", [], "").mul_(factor)
+    if isinstance(factor, Tensor):
+        return (errors.t() @ inputs).mul_(factor)
+    return torch.addmm(inputs.new_empty(()), errors.t(), inputs, beta=0, alpha=factor)  # BLAS scales for nothing

@@ -33,6 +33,7 @@ class Sweep:
         self.bound, self.graph, self.plan, self.merge, self.learn = bound, bound.graph, plan, merge, learn
         self.components: dict[str, Components] = {}
         self.final: Tensors = {}  # errors that more than one component makes up
+        self.sums: set[tuple[str, int]] = set()  # components that were made by adding here: nobody else holds them
         self.products = 0
         self.merged = False
 
@@ -137,9 +138,16 @@ class Sweep:
             start += len(own)
 
     def _send(self, parent: str, length: int, part: Tensor | None) -> None:
-        if part is not None:
-            components = self.components.setdefault(parent, {})
-            components[length] = components[length] + part if length in components else part
+        if part is None:
+            return
+        components = self.components.setdefault(parent, {})
+        if (parent, length) in self.sums:
+            components[length] += part
+        elif length in components:
+            components[length] = components[length] + part
+            self.sums.add((parent, length))
+        else:
+            components[length] = part
 
     def _simplified(self, name: str) -> Components:
         components = {k: part for k, part in self.components[name].items() if k < self.plan.zeros}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from pckernels.backends.feedforward import Bound, Local, Place, vjp
-from pckernels.products import outer_products
+from pckernels.products import outer_products, stacked
 
 
 class LocalUpdates:
@@ -56,12 +56,12 @@ class LocalUpdates:
             _accumulate(found, name, total * self.factor)
         joined: dict[object, Tensor] = {}
         for uses in self._products_by_error():
-            columns = _joined([error.t() for error in uses.errors], 1)
+            errors = stacked(uses.errors)
             for name in uses.biases:
-                _accumulate(found, name, columns.sum(1) * self.factor)
+                _accumulate(found, name, errors.sum(0) * self.factor)
             for name in uses.weights:
                 inputs = _joined_once([x for _, x in self.outer[name]], joined)
-                _accumulate(found, name, self._scaled_outer_products(columns, inputs))
+                _accumulate(found, name, outer_products(errors, inputs, self.factor))
         return self._with_zeros(self._through_weight_expressions(found))
 
     def _products_by_error(self) -> list[_Uses]:
@@ -80,11 +80,6 @@ class LocalUpdates:
             if name not in found:
                 found[name] = torch.zeros_like(self.bound.sources[name])
         return found
-
-    def _scaled_outer_products(self, columns: Tensor, inputs: Tensor) -> Tensor:
-        if columns.shape[1] < inputs.shape[1]:
-            return outer_products(columns * self.factor, inputs)
-        return outer_products(columns, inputs).mul_(self.factor)
 
     def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, GradientEdge | None]]]:
         return list(zip(local.vertex.taps, local.taps, strict=True))
@@ -129,15 +124,11 @@ def _identity(parts: list[Tensor]) -> object:
     return tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
 def _joined_once(parts: list[Tensor], known: dict[object, Tensor]) -> Tensor:
     # Gates share their inputs.
     key = _identity(parts)
     if key not in known:
-        known[key] = _joined(parts, 0)
+        known[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return known[key]
 
 
