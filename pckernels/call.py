@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class Call:
         record: whether values and errors are kept at every step.
         factor: what the local updates are multiplied by: reduction and loss scale.
         size: B, or None where no input has a batch.
+        memo: what a backend finds out about the call before it runs it.
     """
 
     trace: Trace
@@ -37,6 +39,7 @@ class Call:
     record: bool
     factor: float | Tensor
     size: int | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

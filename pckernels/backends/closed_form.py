@@ -230,7 +230,7 @@ def energy_later(call: Call) -> Callable[[], Tensor]:
     def compute() -> Tensor:
         _require_unmoved(call, versions)
         with torch.enable_grad():
-            return sweep(replace(call, learn=False)).energy()
+            return sweep(replace(call, learn=False, memo={})).energy()
 
     return compute
 

@@ -7,7 +7,7 @@ operations have no stage, such as an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -32,6 +32,8 @@ from pckernels.program import Program, WeightInfo, numel
 from pckernels.rules import Dynamics
 
 Execute = Callable[[Compiled, Memory, int, float], None]
+Key = tuple[str, str]  # kind and name of a place
+SOURCES, KEPT, SCRATCH = ("input", "external", "target"), ("losses", "value", "error", "gradient"), ("x", "g")
 Objectives = tuple[tuple[str, Objective], ...]
 
 
@@ -81,8 +83,10 @@ def refusal(call: Call) -> str | None:
 
 
 def _code(call: Call) -> Compiled | str:
-    dynamics = call.dynamics if call.objective is not None else None
-    return compiled(call.trace.graph, dynamics, _objectives(call), _learning(call), _gram(call))
+    if "code" not in call.memo:
+        dynamics = call.dynamics if call.objective is not None else None
+        call.memo["code"] = compiled(call.trace.graph, dynamics, _objectives(call), _learning(call), _gram(call))
+    return call.memo["code"]
 
 
 def _gram(call: Call) -> bool:
@@ -107,8 +111,12 @@ def _learning(call: Call) -> frozenset[str]:
     """The weights that stages read whose gradients are wanted: parameters, and functions of parameters."""
     if not call.learn:
         return frozenset()
-    graph = call.trace.graph
-    found = {name for name in call.trace.parameters if call.tensors[name].requires_grad}
+    return _with_functions(call.trace.graph, tuple(name for name in call.trace.parameters if call.tensors[name].requires_grad))
+
+
+@lru_cache(maxsize=64)
+def _with_functions(graph: ComputationGraph, parameters: tuple[str, ...]) -> frozenset[str]:
+    found = set(parameters)
     for name in graph.schedule:
         derived = graph.derived.get(name)
         if derived is not None and derived.kind == "weight" and found & set(derived.reads):
@@ -137,11 +145,12 @@ class _Run:
         outside = {node.name for node in program.nodes if node.external}
         self.bound = Bound(self.graph, call, held=self._shapes(), only=outside)
         self.sign = -1.0 * float(call.factor)
-        self.io = {(place.kind, place.name): self._tensor(place) for place in code.io}
-        self.weights = [self._weight(info) for info in code.weights]
+        io = self._inputs() | self._results(KEPT) | self._results(SCRATCH)
+        self.io = {key: rows for key, rows in io.items() if key[0] not in SCRATCH}
         self.gradients = {name: self._new(*self.bound.weights[name].shape) for name in code.gradients}
         self.energies = self._new(code.code.steps + 1, code.code.energies, dtype=torch.float64)
-        memory = Memory(self.weights, list(self.io.values()), list(self.gradients.values()), self.energies)
+        slots = [io[place.kind, place.name] for place in code.io]
+        memory = Memory([self._weight(info) for info in code.weights], slots, list(self.gradients.values()), self.energies)
         if self.batch:
             execute(code, memory, self.batch, self.sign)
         else:
@@ -163,17 +172,24 @@ class _Run:
         rows = weight.view(info.outputs, -1)
         return rows @ rows.t()
 
-    def _tensor(self, place: Place) -> Tensor:
-        """What a slot reads, one row for each sample; or new memory for what it takes."""
-        if place.kind == "input":
-            found = self.bound.weights.get(place.name)
-            return self._rows(found.detach() if found is not None else self._outside(place.name), place)
+    def _inputs(self) -> dict[Key, Tensor]:
+        """What slots read, one row for each sample."""
+        return {(place.kind, place.name): self._rows(self._source(place), place) for place in self.code.io if place.kind in SOURCES}
+
+    def _source(self, place: Place) -> Tensor:
         if place.kind == "external":
-            return self._rows(self.bound.mu[place.name], place)
+            return self.bound.mu[place.name]
         if place.kind == "target":
             assert isinstance(self.call.objective, Target)
-            return self._rows(self.call.objective.targets[place.name], place)
-        return self._new(self.batch, place.n)
+            return self.call.objective.targets[place.name]
+        found = self.bound.weights.get(place.name)
+        return found.detach() if found is not None else self._outside(place.name)
+
+    def _results(self, kinds: Sequence[str]) -> dict[Key, Tensor]:
+        """What slots take, one after the other in one piece of memory."""
+        places = [place for place in self.code.io if place.kind in kinds]
+        sizes = [self.batch * place.n for place in places]
+        return {(place.kind, place.name): part for place, part in zip(places, self._new(sum(sizes)).split(sizes), strict=True)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,8 +217,9 @@ class _Run:
     def outcome(self) -> Outcome:
         if self.call.objective is None:
             return self._feed_forward_outcome()
-        losses = torch.stack([rows.view(-1) for (kind, _), rows in self.io.items() if kind == "losses"]).sum(0)
-        trajectory = self._trajectory(losses)
+        of_outputs = [rows for (kind, _), rows in self.io.items() if kind == "losses"]
+        losses = of_outputs[0] if len(of_outputs) == 1 else torch.stack(of_outputs).sum(0)
+        trajectory = self._trajectory(losses.dtype)
         divergence = diverged(trajectory) if self.call.dynamics.moves == "values" else None
         good = self.energies.isfinite().all()
         return Outcome(
@@ -216,11 +233,12 @@ class _Run:
             gradients=self._gradients() if self.call.learn else {},
         )
 
-    def _trajectory(self, losses: Tensor) -> Tensor:
+    def _trajectory(self, dtype: torch.dtype) -> Tensor:
         """F at the steps that ran; a loss stays where its prediction does."""
         total = self.energies.sum(1)
-        total[1:] += self.energies[0, list(self.code.still)].sum()
-        return total.to(losses.dtype)
+        if self.code.still and len(total) > 1:
+            total[1:] += self.energies[0, list(self.code.still)].sum()
+        return total.to(dtype)
 
     def _feed_forward_outcome(self) -> Outcome:
         return feed_forward_outcome({name: self._value(name) for name in self.energy_names}, {})
@@ -229,7 +247,7 @@ class _Run:
         """The feed-forward predictions, which the call has not kept."""
         code = compiled(self.graph, None, (), frozenset())
         assert isinstance(code, Compiled)
-        return _Run(replace(self.call, objective=None, learn=False), code, self.execute).outcome().values()
+        return _Run(replace(self.call, objective=None, learn=False, memo={}), code, self.execute).outcome().values()
 
     def _errors(self) -> dict[str, Tensor]:
         found = {}
@@ -281,7 +299,7 @@ class _Run:
 
     def _gradients(self) -> dict[str, Tensor]:
         """Parameter in the graph -> dF/dtheta times the factor, also through functions of parameters and of vertices outside."""
-        found = dict(self.gradients)
+        found, self.gradients = self.gradients, {}  # nobody else holds them: they become the .grad without a copy
         for (kind, name), rows in self.io.items():
             if kind == "gradient":
                 found[name] = self._per_sample_gradient(name, rows)
