@@ -25,6 +25,10 @@ class Place:
     name: str
     n: int
 
+    @property
+    def is_result(self) -> bool:
+        return self.kind not in ("input", "external", "target")
+
 
 @dataclass(frozen=True)
 class Objective:

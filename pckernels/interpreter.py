@@ -7,7 +7,6 @@ backend and the engine. Slow, and meant to be read beside instructions.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,16 +14,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from pckernels.instructions import ABSENT, Activation, Code, Instruction, Loss
-
-
-@dataclass
-class Memory:
-    """What code reads and writes beside the arena: see instructions.py."""
-
-    weights: Sequence[Tensor]
-    io: Sequence[Tensor]
-    gradients: Sequence[Tensor]
-    energies: Tensor
+from pckernels.memory import Memory
 
 
 def execute(code: Code, memory: Memory, batch: int, factor: float = 1.0, watch: Callable[[Instruction, int], None] | None = None) -> None:

@@ -20,8 +20,9 @@ from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled, compile_steps
 from pckernels.emitter import Objective
 from pckernels.instructions import WORDS, Loss, Op
-from pckernels.interpreter import Memory, execute
+from pckernels.interpreter import execute
 from pckernels.lowering import lower
+from pckernels.memory import Memory
 
 STRICT = [
     pck.Strict(0, 0.1),

@@ -25,15 +25,15 @@ from pckernels.emitter import Objective, Place
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
 from pckernels.instructions import Loss
-from pckernels.interpreter import Memory
 from pckernels.lowering import lower
+from pckernels.memory import Memory
 from pckernels.objective import Objective as Target
 from pckernels.program import Program, WeightInfo, numel
 from pckernels.rules import Dynamics
 
 Execute = Callable[[Compiled, Memory, int, float], None]
 Key = tuple[str, str]  # kind and name of a place
-SOURCES, KEPT, SCRATCH = ("input", "external", "target"), ("losses", "value", "error", "gradient"), ("x", "g")
+KEPT, SCRATCH = ("losses", "value", "error", "gradient"), ("x", "g")
 Objectives = tuple[tuple[str, Objective], ...]
 
 
@@ -174,7 +174,7 @@ class _Run:
 
     def _inputs(self) -> dict[Key, Tensor]:
         """What slots read, one row for each sample."""
-        return {(place.kind, place.name): self._rows(self._source(place), place) for place in self.code.io if place.kind in SOURCES}
+        return {(place.kind, place.name): self._rows(self._source(place), place) for place in self.code.io if not place.is_result}
 
     def _source(self, place: Place) -> Tensor:
         if place.kind == "external":
