@@ -33,8 +33,10 @@ clean:
 	rm -rf .venv build dist $(OUT) *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
-# One install for as long as the packaging files stay as they are.
-$(STAMP): setup.py pyproject.toml constraints.txt
+NATIVE := CMakeLists.txt csrc/bindings.cpp $(wildcard csrc/engine/* csrc/host/*)
+
+# One install for as long as the packaging files and the native sources stay as they are.
+$(STAMP): setup.py pyproject.toml constraints.txt $(NATIVE)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -1,9 +1,15 @@
-"""Packaging. Never imports torch, so that an isolated build needs setuptools alone."""
+"""Packaging. Never imports torch: an isolated build needs setuptools, CMake and pybind11 alone."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 TRITON = "triton_kernels"  # installed as pckernels.triton: a top-level name would shadow another project's package
@@ -27,6 +33,43 @@ def layout() -> tuple[list[str], dict[str, str]]:
     return packages, package_dir
 
 
+class CMakeBuild(build_ext):
+    """The native engine, by CMake. In a fresh folder each time: a cached one remembers paths of an isolated build that is gone."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="pckernels-build-") as folder:
+            self.cmake("-S", str(ROOT), "-B", folder, *self.options())
+            self.cmake("--build", folder, "--config", "Release", "--parallel", str(self.parallel or min(4, os.cpu_count() or 1)))
+            built = [path for path in Path(folder).rglob("_native*") if path.suffix in (".so", ".pyd", ".dylib")]
+            fresh = target.with_suffix(".new")
+            shutil.copyfile(built[0], fresh)
+            os.replace(fresh, target)  # not in place, under the feet of a process that has it loaded
+
+    def options(self) -> list[str]:
+        import pybind11  # a build requirement, see pyproject.toml: not there when setup.py is only asked for its version
+
+        settings = {
+            "PCK_VERSION": version(),
+            "CMAKE_BUILD_TYPE": "Release",
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "Python_EXECUTABLE": sys.executable,
+        }
+        generator = ["-G", "Ninja"] if shutil.which("ninja") and "CMAKE_GENERATOR" not in os.environ else []
+        return [*generator, *(f"-D{name}={value}" for name, value in settings.items())]
+
+    def cmake(self, *arguments: str) -> None:
+        program = shutil.which("cmake")
+        if program is None:
+            raise RuntimeError("Building pckernels needs CMake 3.18 or newer, which was not found: `pip install cmake`.")
+        if subprocess.run([program, *arguments], check=False).returncode:
+            raise RuntimeError(
+                "CMake could not build the native engine of pckernels; its messages are above. It needs a C++17 compiler (g++ or clang++), "
+                "on Debian and Ubuntu `apt install g++`. CXX names another compiler."
+            )
+
+
 packages, package_dir = layout()
 setup(
     name="pckernels",
@@ -39,6 +82,8 @@ setup(
     packages=packages,
     package_dir=package_dir,
     package_data={"pckernels": ["py.typed"]},
+    ext_modules=[Extension("pckernels._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "numpy", "tqdm"],
     extras_require={"cli": CLI, "dev": CLI + DEV},

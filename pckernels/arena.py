@@ -14,10 +14,23 @@ ALIGNMENT = 16  # rows: a kernel may read and write whole vectors of rows, up to
 
 @dataclass(eq=False)
 class Array:
-    """n rows, wherever they will lie."""
+    """n rows, wherever they will lie; or, with `whole`, those from `start` on of a larger array, which `parts` make up."""
 
     n: int
     name: str = ""
+    whole: Array | None = None
+    start: int = 0
+    parts: tuple[Array, ...] = ()
+
+    @property
+    def root(self) -> Array:
+        """The array that has rows of its own."""
+        return self if self.whole is None else self.whole
+
+
+def atoms(arrays: Iterable[Array]) -> list[Array]:
+    """Arrays, taken apart where they have parts: two of them share rows only if they are the same."""
+    return [atom for array in arrays for atom in (array.parts or (array,))]
 
 
 @dataclass
@@ -57,6 +70,10 @@ class Draft:
     def arrays(self) -> list[Array]:
         return [*self.reads, *self.writes]
 
+    @property
+    def roots(self) -> list[Array]:
+        return [array.root for array in self.arrays]
+
 
 @dataclass
 class Section:
@@ -85,7 +102,7 @@ def assemble(sections: Sequence[Section]) -> tuple[tuple[Phase, ...], int]:
 
 def _placed(draft: Draft, places: dict[Array, int]) -> Instruction:
     def at(array: Array | None, inside: int = 0) -> int:
-        return ABSENT if array is None else places[array] + inside
+        return ABSENT if array is None else places[array.root] + array.start + inside
 
     return Instruction(
         draft.op,
@@ -114,10 +131,10 @@ def _clear_what_is_read_early(sections: Sequence[Section]) -> None:
     for section in sections:
         for draft in section.drafts:
             start = draft.first if section.repeats else 0
-            for array in draft.reads:
+            for array in atoms(draft.reads):
                 if written.get(array, math.inf) > start:
                     early[array] = None
-            for array in draft.writes:
+            for array in atoms(draft.writes):
                 written[array] = min(written.get(array, math.inf), start)
     sections[0].drafts[:0] = [Draft(Op.FILL, out=array, n=array.n, f=(0.0,)) for array in early]
 
@@ -148,7 +165,7 @@ def _lives(sections: Sequence[Section]) -> dict[Array, tuple[int, int]]:
         start, end = moment, moment + len(section.drafts) - 1
         carried = _carried(section) if section.repeats else set()
         for draft in section.drafts:
-            for array in draft.arrays:
+            for array in draft.roots:
                 own = (start, end) if array in carried or (section.repeats and array in lives) else (moment, moment)
                 before = lives.get(array, own)
                 lives[array] = (min(before[0], own[0]), max(before[1], own[1]))
@@ -161,9 +178,9 @@ def _carried(section: Section) -> set[Array]:
     seen: set[Array] = set()
     carried: set[Array] = set()
     for draft in section.drafts:
-        carried.update(array for array in draft.reads if array not in seen)
-        carried.update(array for array in draft.writes if draft.first > section.first)
-        seen.update(draft.arrays)
+        carried.update(array.root for array in atoms(draft.reads) if array not in seen)
+        carried.update(array.root for array in draft.writes if draft.first > section.first)
+        seen.update(atoms(draft.arrays))
     return carried
 
 
@@ -174,7 +191,7 @@ def _through_loops(sections: Sequence[Section], lives: dict[Array, tuple[int, in
         start, end = moment, moment + len(section.drafts) - 1
         moment = end + 1
         if section.repeats:
-            used = {array for draft in section.drafts for array in draft.arrays}
+            used = {array for draft in section.drafts for array in draft.roots}
             for array in used:
                 birth, death = lives[array]
                 if birth < start or death > end:
@@ -230,7 +247,8 @@ def _with_barriers(section: Section, placed: Sequence[Instruction], places: dict
 
 
 def _ranges(arrays: Iterable[Array], places: dict[Array, int]) -> list[tuple[int, int]]:
-    return [(places[array], places[array] + max(array.n, 1)) for array in arrays]
+    starts = [(places[array.root] + array.start, array.n) for array in arrays]
+    return [(start, start + max(n, 1)) for start, n in starts]
 
 
 class _Ranges:

@@ -111,6 +111,26 @@ def _compiled(emitter: Emitter, steps: int, coefficients: dict[str, float], carr
     return Compiled(code, tuple(emitter.weights), io, tuple(emitter.gradients), coefficients, carried, still)
 
 
+def _feedback(emitter: Emitter, sinks: Mapping[int, Array], arrives: Mapping[str, int]) -> set[Array]:
+    """Feedback of all nodes into the sinks, each from the step on at which it has something to say; the sinks that get any.
+
+    A sink with several contributions starts at zero, so that all of them add, in whatever order they begin: products of
+    different time steps can then become one.
+    """
+    children = [node for node in emitter.program.nodes if node.name in _with_errors(emitter)]
+    written: set[Array] = set()
+    for buffer, sink in sinks.items():
+        readers = [child.name for child in children for stage in child.stages for read in stage.inputs if read == buffer]
+        if len(readers) > 1:
+            emitter.first = min(arrives[name] for name in readers) + 1
+            emitter.emit(Draft(Op.FILL, sink, n=sink.n, f=(0.0,)))
+            written.add(sink)
+    for child in children:
+        emitter.first = arrives[child.name] + 1
+        emitter.feedback(child, emitter.errors[child.name], sinks, written)
+    return written
+
+
 class _Errors:
     """Fixed prediction: eps_i <- (1 - rate) eps_i + rate * feedback, all of a group at once."""
 
@@ -124,12 +144,8 @@ class _Errors:
 
     def _step(self, group: Sequence[Node]) -> None:
         sinks = {node.prediction: self.emitter.array(node.prediction, "feedback") for node in group}
-        written: set[Array] = set()
         arrives = {node.name: self._arrives(node) for node in self.emitter.program.nodes}
-        for child in sorted(self.emitter.program.nodes, key=lambda node: arrives[node.name]):
-            if child.name in _with_errors(self.emitter):
-                self.emitter.first = arrives[child.name] + 1
-                self.emitter.feedback(child, self.emitter.errors[child.name], sinks, written)
+        written = _feedback(self.emitter, sinks, arrives)
         for node in group:
             self.emitter.first = arrives[node.name]
             error, fed = self.emitter.errors[node.name], sinks[node.prediction]
@@ -176,11 +192,7 @@ class _Values:
     def _move(self, group: Sequence[Node]) -> None:
         emitter = self.emitter
         sinks = {node.prediction: emitter.array(node.prediction, "feedback") for node in group}
-        written: set[Array] = set()
-        for child in sorted(emitter.program.nodes, key=lambda node: self.arrives[node.name]):
-            if child.name in _with_errors(emitter):
-                emitter.first = self.arrives[child.name] + 1
-                emitter.feedback(child, emitter.errors[child.name], sinks, written)
+        written = _feedback(emitter, sinks, self.arrives)
         factors = (self.dynamics.rate, self.dynamics.momentum, 1.0)
         for node in group:
             emitter.first = self.moves[node.name]

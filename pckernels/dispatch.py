@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pckernels.backends import host, reference
+from pckernels.backends import cuda, host, reference
 from pckernels.call import Call, Outcome
 from pckernels.errors import Unsupported
 
@@ -37,7 +37,7 @@ _BACKENDS: dict[str, Backend] = {
     "reference": Backend(Support(True, "pure PyTorch, on any device and in any floating dtype"), lambda call: None, reference.run),
     "host": Backend(Support(*host.availability()), host.refusal, host.run),
     "triton": _ABSENT,
-    "cuda": _ABSENT,
+    "cuda": Backend(Support(*cuda.availability()), cuda.refusal, cuda.run),
 }
 _ORDER = ("cuda", "triton", "host", "reference")
 

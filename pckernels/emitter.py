@@ -9,6 +9,7 @@ from pckernels import stages
 from pckernels.arena import Array, Draft, Section, assemble
 from pckernels.errors import Unsupported
 from pckernels.instructions import ABSENT, Code, Loss, Op, OuterProduct
+from pckernels.merging import merge_products
 from pckernels.program import PRODUCTS, Kind, Node, Program, Stage
 from pckernels.stages import Operands
 
@@ -86,13 +87,18 @@ class Emitter:
         self._conv_weights: set[str] = set()
         self.weights = list(program.weights)
         self.grams: dict[tuple[str, int], Gram] = {}
-        self.errors = {node.name: self.array(node.prediction, "error") for node in program.nodes}
         self.displacements = {node.name: self.array(node.prediction, "displacement") for node in self.hidden if live}
         self.moved = {node.name: self.array(node.prediction, "change") for node in program.nodes if live}
         self.moving = self._moving_buffers() if live else set()
+        self.errors = {node.name: self._error_array(node) for node in program.nodes}
 
     def array(self, buffer: int, name: str) -> Array:
         return Array(self.program.buffers[buffer].size, f"{self.program.buffers[buffer].name}:{name}")
+
+    def _error_array(self, node: Node) -> Array:
+        """Where a prediction never moves, the displacement is the error."""
+        is_displacement = node.name in self.displacements and node.prediction not in self.moving
+        return self.displacements[node.name] if is_displacement else self.array(node.prediction, "error")
 
     def _moving_buffers(self) -> set[int]:
         """Inner buffers and predictions that depend on a value node. (Read as a value, a hidden node always moves.)"""
@@ -131,6 +137,7 @@ class Emitter:
         return self.gradients.setdefault(weight, len(self.gradients))
 
     def finished(self, steps: int) -> Code:
+        merge_products(self.sections)
         phases, rows = assemble(self.sections)
         counts = {"weights": len(self.weights), "io": len(self.io), "gradients": len(self.gradients)}
         return Code(phases, rows, steps=steps, energies=len(self.energy_slots), products=tuple(self.products), **counts)
@@ -168,10 +175,12 @@ class Emitter:
     def change(self, buffer: int, inside: Node | None = None) -> Array | None:
         """How far a buffer is from its feed-forward value; None where it never moves. `inside`: as the output of a stage of this node."""
         node = self._node_of.get(buffer)
-        if node is not None:
-            return self.moved[node.name] if node is inside else self.displacements.get(node.name)
+        if node is not None and node is not inside:
+            return self.displacements.get(node.name)
         if buffer not in self.moving:
             return None
+        if node is not None:
+            return self.moved[node.name]
         return self._inner_change.setdefault(buffer, self.array(buffer, "change"))
 
     def loss(self, node: Node, at_start: bool) -> None:
@@ -222,9 +231,9 @@ class Emitter:
 
     def error(self, node: Node) -> None:
         """eps = d - (mu - its feed-forward value)."""
-        moved = self.moved[node.name] if node.prediction in self.moving else None
         d = self.displacements[node.name]
-        self.emit(Draft(Op.ERROR, self.errors[node.name], d, moved, n=d.n))
+        if self.errors[node.name] is not d:
+            self.emit(Draft(Op.ERROR, self.errors[node.name], d, self.moved[node.name], n=d.n))
 
     def norm(self, node: Node, error: Array, factor: float, other: Array | None = None) -> None:
         self.emit(Draft(Op.NORM, a=error, b=other, n=error.n, slot=self.energy_slots[node.name], f=(factor,)))
@@ -250,7 +259,6 @@ class Emitter:
         """d = W^T h, which is the node's error as well."""
         d, stage = self.displacements[gram.node.name], gram.stage
         self.emit(Draft(Op.LINEAR_T, d, gram.state, slot=stage.weight, p=stage.p))
-        self.emit(Draft(Op.ERROR, self.errors[gram.node.name], d, n=d.n))
         del self.grams[gram.child.name, gram.place]
 
     # Feedback and learning

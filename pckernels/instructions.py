@@ -20,6 +20,7 @@ import enum
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Op(enum.IntEnum):
     # Activations: p0 is an Activation, f its parameters. z is the feed-forward pre-activation, dz its change, m = f(z).
     ACT = 8  #           out = f(a)
     ACT_CHANGE = 9  #    out = f(a + b) - f(a) without cancellation: a = z, b = dz, c = m
-    ACT_GRAD = 10  #     out = a * f'(b + c): a = the error behind, b = z, c = dz, d = m; acc
+    ACT_GRAD = 10  #     out = a * f'(b + c): a = the error behind, b = z, c = dz, d = m; acc. p1 = 1 (TANH, SIGMOID): b = m, c = its change
     # Element by element.
     ADD = 11  #          out = f0 a + f1 b; acc
     MUL = 12  #          out = a * b
@@ -100,7 +101,8 @@ class Instruction:
 
     Attributes:
         first: it is left out before step t = first (the light cone: what it computes is zero until then).
-        barrier: the threads of a team must meet before it, since it reads or writes what others wrote or read.
+        barrier: the threads of a team must meet before it, since it reads or writes what others wrote or read. Where it is left
+            out, its barrier passes to the next instruction that runs.
         accumulate: add to `out` in place of writing it.
     """
 
@@ -178,7 +180,7 @@ class Code:
     energies: int
     products: tuple[OuterProduct, ...] = field(default=())
 
-    @property
+    @cached_property
     def instructions(self) -> list[Instruction]:
         return [instruction for phase in self.phases for instruction in phase.instructions]
 

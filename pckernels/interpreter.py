@@ -134,8 +134,9 @@ class Machine:
         self.put(i, change(Activation(i.p[0]), i.f, self.rows(i.a, i.n), self.rows(i.b, i.n)))
 
     def _act_grad(self, i: Instruction, t: int) -> None:
-        z = self.rows(i.b, i.n) + self.rows(i.c, i.n)
-        self.put(i, self.rows(i.a, i.n) * slope(Activation(i.p[0]), i.f, z))
+        at = self.rows(i.b, i.n) + self.rows(i.c, i.n)
+        kind, by_value = Activation(i.p[0]), len(i.p) > 1 and i.p[1]
+        self.put(i, self.rows(i.a, i.n) * (slope_of_value(kind, at) if by_value else slope(kind, i.f, at)))
 
     # Element by element
 
@@ -360,6 +361,11 @@ def slope(kind: Activation, f: Sequence[float], z: Tensor) -> Tensor:
         value = functions[kind](leaf) if kind in functions else activate(kind, f, leaf)
         (result,) = torch.autograd.grad(value.sum(), leaf)
     return result
+
+
+def slope_of_value(kind: Activation, m: Tensor) -> Tensor:
+    """f'(z) from m = f(z), where that is possible."""
+    return 1.0 - m * m if kind is Activation.TANH else m * (1.0 - m)
 
 
 def _tanh_change(z: Tensor, dz: Tensor) -> Tensor:

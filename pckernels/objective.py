@@ -22,8 +22,7 @@ class Objective:
 
     def __init__(self, loss: Loss, traced: Trace, target: Any, arguments: Arguments, check_values: bool):
         self.loss, self.trace, self.size = loss, traced, arguments.size
-        leaves, spec = pytree.tree_flatten(target)
-        self.target = pytree.tree_unflatten([_constant(leaf, arguments.device) for leaf in leaves], spec)
+        self.target = _constant(target, arguments.device) if isinstance(target, Tensor) else _constants(target, arguments.device)
         if isinstance(loss, str):
             self.targets = _matched(traced, self.target)
             for name, leaf in self.targets.items():
@@ -81,6 +80,8 @@ def _check_losses(losses: Any, size: int | None) -> None:
 
 def _matched(traced: Trace, target: Any) -> dict[str, Any]:
     """Output vertex -> its target."""
+    if isinstance(target, Tensor) and traced.output_spec.is_leaf() and traced.results[0][0] == "vertex":
+        return {traced.results[0][1]: target}
     try:
         leaves = traced.output_spec.flatten_up_to(target)
     except (ValueError, TypeError, KeyError) as error:
@@ -94,6 +95,10 @@ def _matched(traced: Trace, target: Any) -> dict[str, Any]:
     if not found:
         raise ValueError("The target is None for every output; give a target for at least one.")
     return found
+
+
+def _constants(target: Any, device: torch.device) -> Any:
+    return pytree.tree_map(lambda leaf: _constant(leaf, device), target)
 
 
 def _constant(leaf: Any, device: torch.device) -> Any:

@@ -76,6 +76,9 @@ def feedback(stage: Stage, arrays: Operands, which: int, error: Array, target: A
             return Draft(_TRANSPOSED[stage.kind], target, error, slot=stage.weight, p=stage.p)
         case Kind.ACTIVATION if stage.p[0] == Activation.AFFINE:
             return Draft(Op.ADD, target, error, n=target.n, f=(stage.f[0], 0.0))
+        case Kind.ACTIVATION if stage.p[0] in (Activation.TANH, Activation.SIGMOID):
+            p = (stage.p[0], 1)  # from the value: an exponential less
+            return Draft(Op.ACT_GRAD, target, error, arrays.output, arrays.change, n=target.n, p=p, f=stage.f)
         case Kind.ACTIVATION:
             change = arrays.changes[0] if arrays.changes else None
             return Draft(Op.ACT_GRAD, target, error, arrays.inputs[0], change, arrays.output, n=target.n, p=stage.p, f=stage.f)

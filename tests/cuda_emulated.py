@@ -52,7 +52,8 @@ class Engine:
     def __init__(self, built: Any, lanes: int, precision: str = "fp32", tier: str = "stream", blocks: int = 0):
         self.built, self.cut = built, (tier, lanes, precision, blocks)
 
-    def Program(self, **settings: Any) -> Program:  # noqa: N802: the engine's name
+    def Program(self, **settings: Any) -> Program:  # noqa: N802
+        """As the engine's class of this name."""
         return Program(self.built.Program(**settings), self.cut)
 
 

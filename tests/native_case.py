@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pckernels.instructions import Code, Instruction, Op, OuterProduct, Phase
-from pckernels.interpreter import Memory, execute
+from pckernels.interpreter import execute
+from pckernels.memory import Memory
 
 
 class Case:

@@ -20,7 +20,8 @@ import pckernels as pck
 from pckernels.backends import host
 from pckernels.compiler import Compiled
 from pckernels.instructions import Code
-from pckernels.interpreter import Memory, execute
+from pckernels.interpreter import execute
+from pckernels.memory import Memory
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -86,10 +87,6 @@ def cnn() -> Example:
     convolutions = [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.GELU(), nn.AvgPool2d(2)]
     module = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(4, 3))
     return example(module, pck.Strict(steps=2, rate=0.1), torch.randn(3, 1, 8, 8), torch.tensor([0, 2, 1]), "cross_entropy")
-
-
-def recurrent() -> Example:
-    return example(pck.nn.RNN(3, 4, 2).module, pck.FixedPrediction(2, 0.5, solver="iterate"), torch.randn(2, 3, 3), torch.randn(2, 2))
 
 
 EXAMPLES: dict[str, Callable[[], Example]] = {"mlp": lambda: mlp(5), "single": lambda: mlp(1), "cnn": cnn}

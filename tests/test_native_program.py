@@ -11,7 +11,7 @@ import torch
 from native_case import Case
 
 from pckernels.instructions import Code, Instruction, Op, OuterProduct, Phase
-from pckernels.interpreter import Memory
+from pckernels.memory import Memory
 
 native = pytest.importorskip("pckernels._native", reason="the native engine is not built")
 

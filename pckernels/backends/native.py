@@ -18,7 +18,7 @@ from pckernels.backends import closed_form
 from pckernels.backends.feedforward import Bound
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.path_lengths import Plan, make_plan
-from pckernels.backends.results import Lazy, complaint, diverged, feed_forward_outcome
+from pckernels.backends.results import Lazy, complaint, feed_forward_outcome, verdict
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled, compile_feed_forward, compile_steps, compile_sweep
 from pckernels.emitter import Objective, Place
@@ -72,6 +72,8 @@ def refusal(call: Call) -> str | None:
     held = next((name for name, derived in trace.graph.derived.items() if derived.kind == "held"), None)
     if held is not None:
         return "dropout masks and batch statistics are drawn or measured in the feed-forward pass, which only the reference does"
+    if trace.updates:
+        return "the call moves buffers of the module, which only the reference does"
     if call.record:
         return "record=True keeps every step, which only the reference does"
     if call.objective is not None and not (isinstance(call.objective, Target) and isinstance(call.objective.loss, str)):
@@ -85,17 +87,16 @@ def refusal(call: Call) -> str | None:
 def _code(call: Call) -> Compiled | str:
     if "code" not in call.memo:
         dynamics = call.dynamics if call.objective is not None else None
-        call.memo["code"] = compiled(call.trace.graph, dynamics, _objectives(call), _learning(call), _gram(call))
+        call.memo["code"] = _cheapest(call, (call.trace.graph, dynamics, _objectives(call), _learning(call)))
     return call.memo["code"]
 
 
-def _gram(call: Call) -> bool:
-    """Whether the Gram form pays: it costs a product W W^T a call, and saves one product a step."""
-    program = lowered(call.trace.graph)
-    dynamics = call.dynamics
-    if isinstance(program, str) or dynamics.moves != "values" or not dynamics.steps or call.size is None:
-        return False
-    return dynamics.steps * call.size >= 2 * min(info.outputs for info in program.weights)
+def _cheapest(call: Call, key: tuple[ComputationGraph, Dynamics | None, Objectives, frozenset[str]]) -> Compiled | str:
+    """In the Gram form where it pays: it costs a product W W^T a call, and saves one product a step."""
+    code = compiled(*key, gram=True)
+    widths = [] if isinstance(code, str) else [info.outputs for info in code.weights if info.gram]
+    pays = (call.dynamics.steps or 0) * (call.size or 0) >= 2 * max(widths, default=0)
+    return code if pays else compiled(*key, gram=False)
 
 
 def _objectives(call: Call) -> Objectives:
@@ -143,11 +144,13 @@ class _Run:
         assert call.size is not None
         self.batch = call.size
         outside = {node.name for node in program.nodes if node.external}
-        self.bound = Bound(self.graph, call, held=self._shapes(), only=outside)
+        # Functions of parameters, constants and vertices outside are PyTorch's; most models have none.
+        self.bound = Bound(self.graph, call, held=self._shapes(), only=outside) if outside or self.graph.derived else None
         self.sign = -1.0 * float(call.factor)
+        self.dtype = self.graph.vertices[0].dtype or torch.float32
         io = self._inputs() | self._results(KEPT) | self._results(SCRATCH)
         self.io = {key: rows for key, rows in io.items() if key[0] not in SCRATCH}
-        self.gradients = {name: self._new(*self.bound.weights[name].shape) for name in code.gradients}
+        self.gradients = {name: self._new(*self._parameter(name).shape) for name in code.gradients}
         self.energies = self._new(code.code.steps + 1, code.code.energies, dtype=torch.float64)
         slots = [io[place.kind, place.name] for place in code.io]
         memory = Memory([self._weight(info) for info in code.weights], slots, list(self.gradients.values()), self.energies)
@@ -166,24 +169,30 @@ class _Run:
             tensor.zero_()
 
     def _weight(self, info: WeightInfo) -> Tensor:
-        weight = self.bound.weights[info.name].detach().contiguous()
+        weight = self._parameter(info.name).contiguous()
         if not info.gram:
             return weight
         rows = weight.view(info.outputs, -1)
         return rows @ rows.t()
+
+    def _parameter(self, name: str) -> Tensor:
+        return (self.call.tensors if self.bound is None else self.bound.weights)[name].detach()
 
     def _inputs(self) -> dict[Key, Tensor]:
         """What slots read, one row for each sample."""
         return {(place.kind, place.name): self._rows(self._source(place), place) for place in self.code.io if not place.is_result}
 
     def _source(self, place: Place) -> Tensor:
-        if place.kind == "external":
-            return self.bound.mu[place.name]
         if place.kind == "target":
             assert isinstance(self.call.objective, Target)
             return self.call.objective.targets[place.name]
-        found = self.bound.weights.get(place.name)
-        return found.detach() if found is not None else self._outside(place.name)
+        if self.bound is None:
+            return self.call.tensors[place.name]
+        if place.kind == "external":
+            return self.bound.mu[place.name]
+        found = self.bound.weights.get(place.name, self.bound.environment.get(place.name))
+        assert isinstance(found, Tensor)
+        return found.detach()
 
     def _results(self, kinds: Sequence[str]) -> dict[Key, Tensor]:
         """What slots take, one after the other in one piece of memory."""
@@ -191,22 +200,15 @@ class _Run:
         sizes = [self.batch * place.n for place in places]
         return {(place.kind, place.name): part for place, part in zip(places, self._new(sum(sizes)).split(sizes), strict=True)}
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.graph.vertices[0].dtype or torch.float32
-
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory that the code writes whole."""
         return torch.empty(shape, dtype=dtype or self.dtype)
 
-    def _outside(self, name: str) -> Tensor:
-        tensor = self.bound.environment[name]
-        assert isinstance(tensor, Tensor)
-        return tensor
-
     def _rows(self, tensor: Tensor, place: Place) -> Tensor:
-        rows = tensor.movedim(self.program.batch_axes[place.name], 0).reshape(self.batch, place.n)
-        return rows.to(self.dtype).contiguous()
+        axis = self.program.batch_axes[place.name]
+        if axis == 0 and tensor.dtype is self.dtype and tensor.is_contiguous():
+            return tensor
+        return tensor.movedim(axis, 0).reshape(self.batch, place.n).to(self.dtype).contiguous()
 
     def _shaped(self, rows: Tensor, name: str) -> Tensor:
         """A row for each sample, as the vertex's tensor."""
@@ -220,14 +222,13 @@ class _Run:
         of_outputs = [rows for (kind, _), rows in self.io.items() if kind == "losses"]
         losses = of_outputs[0] if len(of_outputs) == 1 else torch.stack(of_outputs).sum(0)
         trajectory = self._trajectory(losses.dtype)
-        divergence = diverged(trajectory) if self.call.dynamics.moves == "values" else None
-        good = self.energies.isfinite().all()
+        good, divergence = verdict(trajectory, self.call.dynamics.moves == "values")
         return Outcome(
             losses=losses,
             values=Lazy(self._values),
             errors=Lazy(self._errors),
             energy=(lambda: trajectory) if self.code.carried else Lazy(self._energy_of_sweep(losses)),
-            good=good if divergence is None else good & ~divergence.any(),
+            good=good,
             complaint=lambda: complaint(self._feed_forward(), self.call.dynamics, trajectory, self._errors(), divergence),
             plan=self._plan(),
             gradients=self._gradients() if self.call.learn else {},
@@ -300,17 +301,25 @@ class _Run:
     def _gradients(self) -> dict[str, Tensor]:
         """Parameter in the graph -> dF/dtheta times the factor, also through functions of parameters and of vertices outside."""
         found, self.gradients = self.gradients, {}  # nobody else holds them: they become the .grad without a copy
+        if self.bound is None:
+            return found | {name: torch.zeros_like(self.call.tensors[name]) for name in self._learning() - found.keys()}
         for (kind, name), rows in self.io.items():
             if kind == "gradient":
-                found[name] = self._per_sample_gradient(name, rows)
+                found[name] = self._per_sample_gradient(self.bound.weights[name], rows, self.program.batch_axes[name])
         updates = LocalUpdates(self.bound, self.call.factor)
         errors = self._errors() if self.bound.locals else {}
         for name, local in self.bound.locals.items():
             updates.learn(local, errors[name])
         return updates.gradients(found)
 
-    def _per_sample_gradient(self, name: str, rows: Tensor) -> Tensor:
-        shape, axis = list(self.bound.weights[name].shape), self.program.batch_axes[name]
+    def _learning(self) -> set[str]:
+        """The parameters of the graph that learn, whether or not an error has reached them."""
+        read = {name for vertex in self.graph.vertices for name in vertex.parameters}
+        parameters = self.call.trace.parameters.items()
+        return {key for key, name in parameters if name in read and self.call.tensors[key].requires_grad}
+
+    def _per_sample_gradient(self, weight: Tensor, rows: Tensor, axis: int) -> Tensor:
+        shape = list(weight.shape)
         return rows.view(shape.pop(axis), *shape).movedim(0, axis) * self.sign
 
 

@@ -1,0 +1,182 @@
+"""The cuda backend: the native engine on an NVIDIA GPU, float32, all steps in one kernel, on PyTorch's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pckernels import ops
+from pckernels.backends import native
+from pckernels.call import Call, Outcome
+from pckernels.compiler import Compiled
+from pckernels.engine import arguments
+from pckernels.errors import Unsupported
+from pckernels.memory import Memory
+from pckernels.planner import Limits, Plan, plan
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of the planner: None leaves it the choice."""
+
+    precision: str = "fp32"
+    tier: str | None = None
+    lanes: int | None = None
+
+
+_DEFAULT = Options()
+_OPTIONS: ContextVar[Options] = ContextVar("options of the cuda backend", default=_DEFAULT)
+
+
+@contextmanager
+def options(precision: str = "fp32", tier: str | None = None, lanes: int | None = None) -> Iterator[None]:
+    """In this context products have operands of this precision ("fp32", "tf32", "bf16", "fp16"), and the plan is the one that is named."""
+    token = _OPTIONS.set(Options(precision, tier, lanes))
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
+
+
+@lru_cache(maxsize=1)
+def engine() -> Any:
+    """The compiled extension. Raises ImportError where it was not built."""
+    return import_module("pckernels._cuda")
+
+
+def availability() -> tuple[bool, str]:
+    """Whether the extension was built and there is a GPU. (Counted without initialising CUDA, which would spoil a later fork.)"""
+    try:
+        info = engine().info
+    except ImportError as error:
+        return False, f"the CUDA extension is missing ({error}); install pckernels with nvcc at hand"
+    if torch.version.cuda is None:
+        return False, "this PyTorch was built without CUDA"
+    if torch.cuda.device_count() == 0:
+        return False, f"PyTorch finds no CUDA device ({info()['unusable'] or 'CUDA_VISIBLE_DEVICES may hide it'})"
+    return True, "native engine for NVIDIA GPUs, float32, all steps in one kernel"
+
+
+def refusal(call: Call) -> str | None:
+    """Why the engine cannot run a call, or None."""
+    device = device_of(call)
+    if isinstance(device, str):
+        return device
+    if any(vertex.dtype not in (None, torch.float32) for vertex in call.trace.graph.vertices):
+        return "it runs float32; a vertex of this graph has another dtype"
+    reason = native.refusal(call)
+    if reason is not None or not call.size:
+        return reason
+    found = plan_for(native._code(call), call.size, device)
+    return found if isinstance(found, str) else None
+
+
+def device_of(call: Call) -> torch.device | str:
+    """The one CUDA device of a call's tensors, or why there is none."""
+    tensors = [*call.tensors.values(), *getattr(call.objective, "targets", {}).values()]
+    other = next((tensor for tensor in tensors if not _fits(tensor)), None)
+    if other is not None:
+        return f"it runs float32 on a CUDA device; this call has {other.dtype} on {other.device}"
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    return torch.device(devices[0]) if len(devices) == 1 else f"it runs on one device; this call has tensors on {', '.join(devices)}"
+
+
+def _fits(tensor: Tensor) -> bool:
+    return tensor.device.type == DEVICE and (tensor.dtype is torch.float32 or not tensor.is_floating_point())
+
+
+DEVICE = "cuda"  # tests of the emulated engine set "cpu"
+
+
+def plan_for(compiled: Compiled | str, batch: int, device: torch.device) -> Plan | str:
+    """How code runs on a batch under the options of this context."""
+    assert isinstance(compiled, Compiled)
+    return _planned(compiled, batch, limits(device), _OPTIONS.get())
+
+
+@lru_cache(maxsize=1024)
+def _planned(compiled: Compiled, batch: int, limits: Limits, wanted: Options) -> Plan | str:
+    return plan(compiled.code, batch, limits, wanted.precision, wanted.tier, wanted.lanes)
+
+
+@lru_cache(maxsize=64)
+def limits(device: torch.device) -> Limits:
+    """What a device has."""
+    properties = torch.cuda.get_device_properties(device)
+    usual = Limits.of(10 * properties.major + properties.minor, properties.multi_processor_count)
+    return replace(usual, shared_bytes=getattr(properties, "shared_memory_per_block_optin", usual.shared_bytes))
+
+
+def run(call: Call) -> Outcome:
+    """One inference, in order with whatever else is on the current stream."""
+    device = device_of(call)
+    assert isinstance(device, torch.device), device
+    with torch.device(device):
+        outcome = native.run(call, execute)
+    named = replace(outcome, values=_on(device, outcome.values), errors=_on(device, outcome.errors), energy=_on(device, outcome.energy))
+    code = native._code(call)
+    found = plan_for(code, call.size, device) if call.size else ""
+    return replace(named, complaint=_on(device, outcome.complaint), plan=f"{outcome.plan}; {getattr(found, 'reason', 'an empty batch')}")
+
+
+def _on(device: torch.device, compute: Callable[[], Result]) -> Callable[[], Result]:
+    """What is computed later makes its tensors on the device too."""
+
+    def later() -> Result:
+        with torch.device(device):
+            return compute()
+
+    return later
+
+
+def execute(compiled: Compiled, memory: Memory, batch: int, factor: float) -> None:
+    """Run code over float32 tensors on a CUDA device."""
+    read, written = memory.split(compiled)
+    torch.ops.pckernels.relax.out(memory.weights, read, ops.number_of(compiled), batch, factor, out=written)
+
+
+def launch(compiled: Compiled, memory: Memory, batch: int, factor: float) -> None:
+    """Put code's kernels on the current stream. Nothing waits for the GPU."""
+    device = memory.energies.device
+    found = plan_for(compiled, batch, device)
+    if isinstance(found, str):  # of an op's call, or of the feed-forward pass that a complaint makes: nobody has asked before
+        raise Unsupported(found)
+    program, tables = loaded(compiled, device)
+    cut = (found.tier, found.lanes, found.precision, found.blocks)
+    workspace = torch.empty(program.workspace_bytes(batch, *cut), dtype=torch.uint8, device=device)
+    pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
+    places = (tables.data_ptr(), workspace.data_ptr(), workspace.numel())
+    program.run(*pointers, memory.energies.data_ptr(), batch, factor, *places, *cut, device.index or 0, _stream(device))
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+@lru_cache(maxsize=256)
+def loaded(compiled: Compiled, device: torch.device) -> tuple[Any, Tensor]:
+    """The engine's copy of the code, checked, and its tables on the device."""
+    with torch.device("cpu"):
+        program = engine().Program(**arguments(compiled))
+        tables = torch.frombuffer(bytearray(program.tables()), dtype=torch.uint8)
+    return program, tables.to(device)
+
+
+def _relax_on_cuda(weights: list[Tensor], inputs: list[Tensor], code: int, batch: int, factor: float, *, out: list[Tensor]) -> None:
+    found = ops.code_of(code)
+    memory = Memory.joined(found, weights, inputs, out)
+    with torch.cuda.device(memory.energies.device):
+        launch(found, memory, batch, factor)
+
+
+ops.LIBRARY.impl("relax.out", ops._guarded("relax.out", _relax_on_cuda), "CUDA")

@@ -1,0 +1,262 @@
+"""The CUDA kernels without a GPU: the very same code on the CPU, threads in a random order, against the interpreter and the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cuda_emulated
+import pytest
+import test_backends as backends
+import torch
+from native_case import Case
+from torch import Tensor
+
+import pckernels as pck
+from pckernels import dispatch, ops
+from pckernels.backends import cuda, native
+from pckernels.instructions import Loss, Op, OuterProduct
+from pckernels.memory import Memory
+from pckernels.planner import LANES, SUM_BYTES, Choice, Limits
+
+LIMITS = Limits.of(90, 4)
+# Largest error against float64, relative to the largest entry, for each operand: what rounding both operands of 100 products allows.
+TOLERANCE = {"fp32": 4e-6, "tf32": 4 * 2.0**-11 * 10, "bf16": 4 * 2.0**-8 * 10, "fp16": 4 * 2.0**-11 * 10}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return cuda_emulated.module(Path(tmp_path_factory.mktemp("cuda")))
+
+
+def check(built: Any, make: Callable[[int], Case], cuts: list[tuple[Any, ...]], batches: tuple[int, ...] = (1, 9, 17)) -> None:
+    """The outcome is that of the interpreter; threads in another order give the same bits."""
+    for batch in batches:
+        torch.manual_seed(batch)
+        case = make(batch)
+        expected = case.expected(2.0)
+        for cut in cuts:
+            first, again = (case.run(cuda_emulated.Engine(built, *cut), factor=2.0) for _ in range(2))
+            precision = cut[1] if len(cut) > 1 else "fp32"
+            for got, same, want in zip(first, again, expected, strict=True):
+                assert torch.equal(got, same), cut
+                size = float(want.abs().max()) if want.numel() else 0.0
+                assert float((got.double() - want).abs().max()) <= TOLERANCE[precision] * (size + 1e-30), (cut, batch)
+
+
+def random(batch: int, *shape: int) -> Tensor:
+    return torch.randn(batch, *shape)
+
+
+EVERY = [(lanes,) for lanes in LANES["fp32"]]
+TENSOR = [(lanes, precision) for precision in ("tf32", "bf16", "fp16") for lanes in LANES[precision]]
+
+
+@pytest.mark.parametrize(("positions", "inputs", "outputs"), [(1, 7, 5), (3, 33, 17), (1, 129, 100), (2, 1, 64)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products(built: Any, positions: int, inputs: int, outputs: int, accumulate: bool) -> None:
+    def make(batch: int) -> Case:
+        case, p = Case(batch), (positions, inputs, outputs)
+        w, bias = case.weight(torch.randn(outputs, inputs)), case.weight(torch.randn(outputs))
+        x, out = case.load(random(batch, positions * inputs)), case.load(random(batch, positions * outputs))
+        g, back = case.load(random(batch, positions * outputs)), case.load(random(batch, positions * inputs))
+        case.add(Op.LINEAR, out=out, a=x, slot=w, slot2=bias, p=p, accumulate=accumulate)
+        case.add(Op.LINEAR_T, out=back, a=g, slot=w, p=p, accumulate=accumulate)
+        case.store(out, positions * outputs)
+        case.store(back, positions * inputs)
+        weight, error_sum = case.gradient(outputs, inputs), case.gradient(outputs)
+        errors = case.tensor(random(batch, positions * outputs))
+        wide = case.tensor(random(batch, positions * inputs + 5))
+        case.products.append(OuterProduct(weight, error_sum, errors, wide, positions, inputs, outputs, positions * inputs + 5, 3, 0.7))
+        return case
+
+    check(built, make, [*EVERY, *TENSOR, (8, "fp32", "stream", 2)])
+
+
+def of_native_ops(name: str) -> Any:
+    """A test of test_native_ops, with its parameters; it is run on the emulated kernels."""
+    return getattr(pytest.importorskip("test_native_ops", reason="the native engine is not built"), name, None)
+
+
+@pytest.fixture
+def on_emulated_kernels(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("test_native_ops", reason="the native engine is not built")
+    cuts = [(1,), (4,), (8,), (16,), (8, "fp32", "stream", 1)]
+
+    def check_here(make: Callable[[int], Case], tolerance: float = 0.0, learns: bool = False) -> None:
+        check(built, make, cuts, (1, 17))
+
+    monkeypatch.setattr(module, "check", check_here)
+
+
+@pytest.mark.usefixtures("on_emulated_kernels")
+class TestOperations:
+    """Every operation but products, as the host engine's tests make them."""
+
+    @pytest.mark.parametrize("accumulate", [False, True])
+    def test_arithmetic(self, accumulate: bool) -> None:
+        of_native_ops("test_arithmetic")(37, accumulate)
+
+    def test_load_and_store(self) -> None:
+        of_native_ops("test_load_and_store_parts_of_rows")(33)
+        of_native_ops("test_store_of_nothing_is_zero")()
+
+    @pytest.mark.parametrize("accumulate", [False, True])
+    def test_copy(self, accumulate: bool) -> None:
+        for p in ((4, 7, 9, 20), (20, 1, 3, 2)):
+            of_native_ops("test_copy")(accumulate=accumulate, p=p)
+
+    def test_dynamics_and_sums(self) -> None:
+        for flag in (False, True):
+            of_native_ops("test_dynamics")(flag)
+            of_native_ops("test_norm")(100, flag)
+            of_native_ops("test_squared_error")(flag)
+        of_native_ops("test_cross_entropy")(9)
+
+    @pytest.mark.parametrize("size", [1e-2, 5.0])
+    def test_activations(self, size: float) -> None:
+        for kind in of_native_ops("Activation"):
+            of_native_ops("test_activations")(kind, size)
+
+    @pytest.mark.parametrize("number", range(6))
+    def test_convolution(self, number: int) -> None:
+        if number == 4:
+            pytest.skip("too large for an emulated block")
+        for accumulate in (False, True):
+            of_native_ops("test_convolution")(of_native_ops("CONVS")[number], accumulate)
+
+    @pytest.mark.parametrize("number", range(3))
+    def test_pooling(self, number: int) -> None:
+        shape = of_native_ops("POOLS")[number]
+        of_native_ops("test_max_pooling")(shape, False)
+        of_native_ops("test_max_pooling")(shape, True)
+        of_native_ops("test_average_pooling")(shape, 1, True)
+        of_native_ops("test_average_pooling")(shape, 0, False)
+
+    def test_learning(self) -> None:
+        of_native_ops("test_sums_learned_in_the_loop")()
+        of_native_ops("test_outer_products")()
+
+
+def test_more_sums_in_a_step_than_one_barrier_serves(built: Any) -> None:
+    """And of two with one slot the later one stands."""
+
+    def make(batch: int) -> Case:
+        case = Case(batch)
+        case.energies = 19
+        out = case.array(5)
+        mu, target = case.load(random(batch, 5)), case.load(random(batch, 5))
+        for slot in [*range(19), 3, 17, 18]:
+            case.add(Op.LOSS, n=5, out=out, a=mu, c=target, slot=slot, p=(int(Loss.SQUARED_ERROR), 0))
+            case.add(Op.ADD, n=5, out=mu, a=out, b=target, f=(0.5, 1.0))
+        return case
+
+    check(built, make, [(4,), (16,)])
+
+
+# Whole calls
+
+
+@pytest.fixture
+def backend(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The cuda backend on the CPU's tensors and the emulated kernels, results poisoned with NaN."""
+    built_for: dict[int, Any] = {}
+
+    def launch(compiled: Any, memory: Memory, batch: int, factor: float) -> None:
+        found = cuda.plan_for(compiled, batch, torch.device("cpu"))
+        assert not isinstance(found, str), found
+        key = ops.number_of(compiled)
+        program = built_for.setdefault(key, cuda_emulated.Program(built.Program(**cuda.arguments(compiled)), ("stream", 8, "fp32", 0)))
+        program.cut = (found.tier, found.lanes, found.precision, found.blocks)
+        assert program.program.shared_bytes(*program.cut[:3]) == found.shared_bytes
+        pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
+        program.run(*pointers, memory.energies.data_ptr(), batch, factor=factor)
+
+    def new(self: Any, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype or self.dtype)
+
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "execute", launch)
+    monkeypatch.setattr(cuda, "limits", lambda device: LIMITS)
+    monkeypatch.setattr(native._Run, "_new", new)
+    emulated = dispatch.Backend(dispatch.Support(True, "emulated"), cuda.refusal, lambda call: cuda.run(call))
+    monkeypatch.setitem(dispatch._BACKENDS, "cuda", emulated)
+    yield "cuda"
+
+
+RULES = [
+    pck.Strict(3, 0.1, momentum=0.5),
+    pck.Strict(9, 0.1),
+    pck.Strict(2, 0.1, sweep="red_black"),
+    pck.FixedPrediction(6, 0.3),
+    pck.FixedPrediction(6, 0.3, solver="iterate"),
+    pck.ZeroDivergence(),
+]
+
+
+@pytest.mark.parametrize("name", ["mlp", "skip", "cnn", "residual", "rnn", "lstm", "gru"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__}{getattr(rule, 'steps', '')}")
+def test_every_rule_on_every_model(backend: str, name: str, rule: pck.rules.Rule) -> None:
+    backends.assert_as_good(backend, name, rule, 5)
+
+
+@pytest.mark.parametrize("tier", ["stream", "resident"])
+@pytest.mark.parametrize("lanes", LANES["fp32"])
+def test_every_tier_and_tile(backend: str, tier: str, lanes: int) -> None:
+    with cuda.options(tier=tier, lanes=lanes):
+        for name in ("mlp", "mlp10", "skip"):
+            backends.assert_as_good(backend, name, pck.Strict(4, 0.1), 17, "cross_entropy")
+
+
+@pytest.mark.parametrize("tier", ["stream", "resident"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_precisions(backend: str, tier: str, precision: str) -> None:
+    """Near the float32 answer, by no more than rounded operands explain. (No kinks: a value on the other side of one is no rounding.)"""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Linear(7, 64),
+        torch.nn.Tanh(),
+        torch.nn.Linear(64, 64),
+        torch.nn.Sigmoid(),
+        torch.nn.Linear(64, 40),
+        torch.nn.Linear(40, 3),
+    )
+    network = pck.PCNetwork(module, pck.ZeroDivergence(), backend=backend)
+    x, target = backends.data("mlp", 17, "squared_error")
+    for rule in (pck.Strict(4, 0.1), pck.ZeroDivergence()):
+        exact = backends.run(network, rule, "squared_error", x, target)
+        with cuda.options(precision, tier):
+            rounded = backends.run(network, rule, "squared_error", x, target)
+        unit = {"tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}[precision]
+        off = max(backends.relative(rounded[key], exact[key]) for key in exact if exact[key].norm() > 0)
+        assert 0 < off <= 4 * unit * 8, off
+
+
+def test_a_program_that_does_not_fit_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "limits", lambda device: Limits(90, 4 * 1024, 4))
+    _, network = backends.networks("cnn")
+    network.backend, network.rule, network.loss = backend, pck.Strict(3, 0.1), "squared_error"
+    with pytest.raises(pck.Unsupported, match=r"one sample in a block needs .* KiB of shared memory .* has 4\.0 KiB, .* too little"):
+        network.infer(*backends.data("cnn", 3, "squared_error"))
+
+
+def test_the_planner_knows_what_sums_take(built: Any) -> None:
+    case = Case(1)
+    case.add(Op.FILL, n=1, out=case.array(1), f=(1.0,))
+    assert case.program(cuda_emulated.Engine(built, 8)).program.shared_bytes("stream", 8) == SUM_BYTES + 32
+    assert Choice(case.code, 1, LIMITS, "fp32", "stream", 8).shared_bytes == SUM_BYTES + 32
+
+
+def test_refusals_of_the_extension(built: Any) -> None:
+    case = Case(1)
+    case.add(Op.FILL, n=1, out=case.array(1), f=(1.0,))
+    for cut, text in (
+        ((5,), "There is no kernel with 5 samples"),
+        ((1, "bf16"), "there are those with 8"),
+        ((8, "int8"), "precision must"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            case.run(cuda_emulated.Engine(built, *cut))
+    with pytest.raises(ValueError, match="The workspace has 0 bytes"):
+        case.program(cuda_emulated.Engine(built, 8)).program.run([], [], [], 0, 1, 1.0, 0, 0, 0, "stream", 8)

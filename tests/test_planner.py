@@ -1,0 +1,164 @@
+"""The plans of the models that people use: what fits where, in numbers, and what a refusal says."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pckernels as pck
+from pckernels import dispatch
+from pckernels.backends import native
+from pckernels.compiler import Compiled
+from pckernels.instructions import Code, Op
+from pckernels.network import PCNetwork
+from pckernels.planner import ARCHITECTURES, KIB, LANES, SUM_BYTES, Choice, Limits, Plan, panels, plan, table
+
+BATCHES = (1, 64, 256, 4096)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.layer, self.head = kind(inputs, hidden, batch_first=True), nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 10))
+
+
+def vgg5() -> nn.Module:
+    channels = (3, 128, 256, 512, 512)
+    blocks = [layer for a, b in pairwise(channels) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.GELU(), nn.MaxPool2d(2))]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(2048, 10))
+
+
+MODELS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
+    "MLP 784-300-300-10": (mlp, (784,), (10,)),
+    "paper's CNN": (pck.nn.CNNModule, (3, 32, 32), (10,)),
+    "RNN 256, 8 steps": (lambda: Recurrent(nn.RNN, 57, 256, 18), (8, 57), (8, 18)),
+    "LSTM 256, 50 steps": (lambda: Recurrent(nn.LSTM, 65, 256, 65), (50, 65), (50, 65)),
+    "VGG5": (vgg5, (3, 32, 32), (10,)),
+}
+RULES = {"strict": pck.Strict(20, 0.1), "exact": pck.ZeroDivergence()}
+
+
+class Found(Exception):
+    pass
+
+
+@lru_cache
+def code(model: str, rule: str) -> Code:
+    """What a call of the model under the rule compiles to. Nothing runs."""
+    build, shape, target = MODELS[model]
+    torch.manual_seed(0)
+    network = PCNetwork(build(), RULES[rule], backend="host")
+
+    def stop(compiled: Compiled, *_: Any) -> None:
+        raise Found(compiled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dispatch._BACKENDS, "host", host_that(stop))
+        with pytest.raises(Found) as found:
+            network.backward(torch.randn(64, *shape), torch.randn(64, *target))
+    return found.value.args[0].code
+
+
+def host_that(execute: Any) -> dispatch.Backend:
+    support = dispatch.Support(True, "for its code alone")
+    return dispatch.Backend(support, lambda call: native.refusal(call), lambda call: native.run(call, execute))
+
+
+def test_the_table_of_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every plan fits, by its own arithmetic; every model that does not is refused in words."""
+    for architecture in (80, 89, 90):
+        limits = Limits.of(architecture)
+        rows: list[tuple[str, int, Plan | str]] = []
+        for model in MODELS:
+            for rule in RULES:
+                for batch in BATCHES:
+                    found = plan(code(model, rule), batch, limits)
+                    rows.append((f"{model}, {rule}", batch, found))
+                    if isinstance(found, Plan):
+                        check(found, code(model, rule), batch, limits)
+        with capsys.disabled():
+            print(f"\nsm_{architecture}, {limits.shared_bytes // KIB} KiB a block\n{table(rows)}")
+
+
+def check(found: Plan, code: Code, batch: int, limits: Limits) -> None:
+    weights = sum(panel.bytes(found.precision) for panel in panels(code) if panel.in_loop) if found.tier == "resident" else 0
+    assert found.shared_bytes == SUM_BYTES + code.rows * found.lanes * 4 + weights <= limits.shared_bytes
+    assert found.lanes in LANES[found.precision]
+    assert 1 <= found.blocks <= -(-batch // found.lanes)
+
+
+def test_shared_memory_of_the_architectures() -> None:
+    assert {number: shared for number, (shared, _) in ARCHITECTURES.items()} == {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+    assert Limits.of(87).shared_bytes == 99 * KIB and Limits.of(103).shared_bytes == 227 * KIB
+    assert "compute capability 8.0; this GPU has 7.5" in str(plan(code("MLP 784-300-300-10", "strict"), 64, Limits.of(75)))
+
+
+def test_what_fits_where() -> None:
+    for limits, cnn_fits in ((Limits.of(90), True), (Limits.of(80), True), (Limits.of(89), False)):
+        for batch in BATCHES:
+            assert isinstance(plan(code("MLP 784-300-300-10", "strict"), batch, limits), Plan)
+            assert isinstance(plan(code("paper's CNN", "strict"), batch, limits), Plan) is cnn_fits
+
+
+@pytest.mark.parametrize("model", ["VGG5", "LSTM 256, 50 steps"])
+@pytest.mark.parametrize("rule", list(RULES))
+def test_a_refusal_says_by_how_much(model: str, rule: str) -> None:
+    found = plan(code(model, rule), 64, Limits.of(90))
+    needs = SUM_BYTES + code(model, rule).rows * 4
+    text = f"one sample in a block needs {needs / KIB:,.1f} KiB of shared memory and a block of this GPU (sm_90) has 227.0 KiB"
+    assert isinstance(found, str) and text in found
+    assert f"{needs / KIB - 227:,.1f} KiB too little" in found and "graph tier" in found and "reference" in found
+
+
+def test_small_batches_use_many_multiprocessors() -> None:
+    few, many = (plan(code("MLP 784-300-300-10", "strict"), batch, Limits.of(90)) for batch in (64, 4096))
+    assert isinstance(few, Plan) and isinstance(many, Plan)
+    assert few.blocks >= 32 and few.lanes < many.lanes
+
+
+def test_tensor_cores_need_eight_samples() -> None:
+    found = plan(code("paper's CNN", "strict"), 64, Limits.of(90), "bf16")
+    assert isinstance(found, str) and found.startswith("8 samples in a block need ")
+
+
+def test_weights_stay_where_they_fit() -> None:
+    """Of a small model, both directions of the weights that the loop reads; not those of the feed-forward pass alone."""
+    module = nn.Sequential(nn.Linear(500, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    MODELS["small"] = (lambda: module, (500,), (10,))
+    small = code("small", "strict")
+    loop = [panel for panel in panels(small) if panel.in_loop]
+    assert all(panel.depth != 500 for panel in loop) and any(panel.depth == 500 for panel in panels(small))
+    found = plan(small, 64, Limits.of(90))
+    assert isinstance(found, Plan) and found.tier == "resident"
+    assert found.shared_bytes == SUM_BYTES + small.rows * found.lanes * 4 + sum(panel.bytes("fp32") for panel in loop)
+    assert "weights in shared memory" in found.reason
+
+
+def test_a_choice_that_is_none_is_an_error() -> None:
+    mlp_code = code("MLP 784-300-300-10", "strict")
+    for settings, text in (
+        ({"precision": "int8"}, "precision must be one of 'fp32', 'tf32', 'bf16', 'fp16'; got 'int8'"),
+        ({"tier": "cluster"}, "tier must be one of 'stream', 'resident'; got 'cluster'"),
+        ({"precision": "bf16", "lanes": 4}, "With bf16, lanes must be one of 8, 16; got 4"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            plan(mlp_code, 64, Limits.of(90), **settings)  # type: ignore[arg-type]
+
+
+def test_a_panel_is_counted_once_for_each_direction() -> None:
+    mlp_code = code("MLP 784-300-300-10", "strict")
+    products = [i for i in mlp_code.instructions if i.op in (Op.LINEAR, Op.LINEAR_T)]
+    assert len(panels(mlp_code)) == len({(i.slot, i.op) for i in products}) <= len(products)
+    assert Choice(mlp_code, 64, Limits.of(90), "fp32", "stream", 8).tiles == 8
