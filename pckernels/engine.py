@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -14,8 +15,17 @@ from pckernels.memory import Memory
 
 @lru_cache(maxsize=1)
 def extension() -> Any:
-    """The compiled extension. Raises ImportError where it was not built."""
-    return import_module("pckernels._native")
+    """The compiled extension, with the instruction set that PCKERNELS_INSTRUCTIONS names, or the best that the processor has.
+
+    Raises:
+        ImportError: it was not built.
+        ValueError: there is no such instruction set here.
+    """
+    module = import_module("pckernels._native")
+    wanted = os.environ.get("PCKERNELS_INSTRUCTIONS", "")
+    if wanted:
+        module.choose_instruction_set(wanted)
+    return module
 
 
 def execute(compiled: Compiled, memory: Memory, batch: int, factor: float) -> None:

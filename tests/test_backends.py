@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -287,6 +290,20 @@ def test_a_refusal_has_a_reason_and_auto_goes_on(
         pck.PCNetwork(module(), rule, backend=backend).backward(x, target)
     inference = pck.PCNetwork(module(), rule).backward(x, target)
     assert inference.backend == "reference" and f"not {backend}: " in inference.plan
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("baseline", "baseline instructions"),
+        ("sse9", "PCKERNELS_INSTRUCTIONS asks for what is not there: The instruction set sse9 is not compiled"),
+    ],
+)
+def test_the_environment_chooses_the_instructions(name: str, text: str, backend: str) -> None:
+    command = "import pckernels; print(pckernels.backends()['host'].reason)"
+    environment = {**os.environ, "PCKERNELS_INSTRUCTIONS": name}
+    found = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert text in found.stdout
 
 
 def test_auto_takes_the_backend(backend: str) -> None:

@@ -331,6 +331,32 @@ def test_the_gram_form_computes_the_same(rule: pck.Strict, monkeypatch: pytest.M
     assert interpreted.runs == 2
 
 
+class LastState(nn.Module):
+    """A recurrent layer whose width lets products of different time steps lie one after the other."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = kind(4, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 1), (nn.LSTM, 4), (nn.GRU, 3)], ids=["rnn", "lstm", "gru"])
+def test_all_time_steps_multiply_at_once(kind: type[nn.RNNBase], gates: int, interpreted: Interpreted) -> None:
+    module = LastState(kind).double()
+    network = pck.PCNetwork(module, pck.Strict(5, 0.1, momentum=0.5))
+    assert_same(network, (torch.randn(3, 5, 4).double(),), torch.randn(3, 3).double())
+    assert_same(
+        pck.PCNetwork(module, pck.FixedPrediction(9, 0.3, solver="iterate")), (torch.randn(3, 5, 4).double(),), torch.randn(3, 3).double()
+    )
+    compiled = native.compiled(network.graph, network.rule.dynamics, (("output", Objective(Loss.SQUARED_ERROR)),), frozenset())
+    assert isinstance(compiled, Compiled) and interpreted.runs == 2
+    for op in (Op.LINEAR, Op.LINEAR_T):
+        positions = [i.p[0] for i in compiled.code.phases[1].instructions if i.op is op and i.p[2] == 16]
+        assert positions == [4] * gates
+
+
 def test_the_light_cone_delays_what_is_zero() -> None:
     loop = mlp_code().code.phases[1]
     assert {i.p[1]: i.first for i in loop.instructions if i.op is Op.LINEAR_T} == {40: 1, 50: 2}

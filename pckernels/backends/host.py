@@ -21,6 +21,8 @@ def availability() -> tuple[bool, str]:
         info = engine.extension().info()
     except ImportError as error:
         return False, f"the compiled extension is missing ({error}); install pckernels with a C++17 compiler at hand"
+    except ValueError as error:
+        return False, f"PCKERNELS_INSTRUCTIONS asks for what is not there: {error}"
     return True, f"native engine for the CPU, float32, {info['chosen']} instructions ({info['why']})"
 
 
