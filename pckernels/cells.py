@@ -28,6 +28,8 @@ Weights = tuple[Tensor, Tensor | None]  # a gate's (weight, bias)
 
 def _products(weight: Tensor, bias: Tensor | None, gates: int) -> list[Weights]:
     # Gates as slices of one weight: each gate is a vertex with parameters of its own.
+    if gates == 1:
+        return [(weight, bias)]
     biases: Sequence[Tensor | None] = [None] * gates if bias is None else bias.chunk(gates)
     return list(zip(weight.chunk(gates), biases, strict=True))
 

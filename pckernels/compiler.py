@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
-from pckernels.arena import Array, Draft
+from pckernels.arena import ALIGNMENT, Array, Draft
 from pckernels.backends.path_lengths import Plan
 from pckernels.emitter import Emitter, Objective, Place
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
-from pckernels.instructions import Code, Op
+from pckernels.instructions import ABSENT, Code, Op, OuterProduct
 from pckernels.program import Node, Program, WeightInfo
 from pckernels.rules import Dynamics
 from pckernels.schedule import error_groups, light_cone, steps_on, sweep_groups
@@ -39,7 +40,7 @@ class Compiled:
     still: tuple[int, ...] = ()
     lengths: dict[str, set[int]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def gradient_sizes(self) -> list[int]:
         """Elements of each gradient slot."""
         sizes = {info.name: info.outputs * info.inputs for info in self.weights if not info.gram}
@@ -54,6 +55,17 @@ def compile_feed_forward(program: Program) -> Compiled:
         emitter.feed_forward(node)
         emitter.store_value(node)
     return _compiled(emitter, 0, {}, carried=True)
+
+
+@lru_cache(maxsize=64)
+def compile_gram(outputs: int) -> Compiled:
+    """W W^T of a weight with so many outputs, as the sum of outer products of the rows of W^T: each row is a sample of this code.
+
+    By the engine, since a library's product may depend on the number of threads, and results here must not.
+    """
+    product = OuterProduct(0, ABSENT, 0, 0, 1, outputs, outputs, outputs, 0)
+    code = Code((), rows=ALIGNMENT, weights=1, io=1, gradients=1, steps=0, energies=1, products=(product,))
+    return Compiled(code, (WeightInfo("gram", outputs, outputs),), (Place("input", "columns", outputs),), ("gram",), {}, carried=True)
 
 
 def compile_steps(

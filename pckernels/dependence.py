@@ -91,8 +91,8 @@ class Dependence:
                 self.floats.add(node)
 
     def is_weight(self, node: fx.Node) -> bool:
-        """A function of parameters alone (and of constants)."""
-        return node in self.parameters and node not in self.values
+        """A function of parameters alone (and of constants); with a row for each sample it belongs to the vertex that reads it."""
+        return node in self.parameters and node not in self.values and not _is_batched(node)
 
     def is_constant(self, node: fx.Node) -> bool:
         return node not in self.values and node not in self.parameters
@@ -109,6 +109,11 @@ class Dependence:
 
     def reads_parameter(self, node: fx.Node) -> bool:
         return any(self.is_weight(source) for source in own_sources(node)) and own_packet(node) not in _NORMS
+
+
+def _is_batched(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(not isinstance(size, int) for size in value.shape)
 
 
 def operation_name(node: fx.Node) -> str:

@@ -99,6 +99,7 @@ Analysis analyse(const Program& program) {
     if (result.learned[k]) result.learn_size += (program.gradients[k] + 15) / 16 * 16;
   }
   for (WeightUse& use : result.weights) {
+    result.weight_bytes += 4.0 * use.outputs * std::max(0, use.inputs);
     if (use.inputs < 0) use.forward = use.backward = 0;
   }
   return result;

@@ -26,6 +26,7 @@ struct Analysis {
   int sums;                      // LOSS and NORM instructions of a phase, at most
   double work_between_barriers;  // multiplications of a lane group, on average
   std::vector<WeightUse> weights;
+  double weight_bytes;           // of all that products read
   std::vector<GradientSum> gradient_sums;
   std::vector<bool> written;           // gradients that products write after the tiles
   std::vector<bool> learned;           // gradients that the loop adds to

@@ -39,11 +39,13 @@ struct Plan {
   }
 
  private:
-  // Every thread has work first; then several groups share a weight while it is in cache.
+  // Every thread has work first; then several groups share a weight while it is in cache. Weights that are not in cache to begin with are
+  // worth sharing even where the arena of the groups is larger still: a number of a weight is read for each group, one of the arena once.
   std::int64_t choose_groups(const Analysis& analysis) const {
     if (analysis.learns) return 1;
     const auto fit = static_cast<std::int64_t>(CACHE / (stride * sizeof(float)));
-    const std::int64_t rounds = divide_up(groups, threads * std::clamp<std::int64_t>(fit, 1, 8));
+    const std::int64_t least = analysis.weight_bytes > CACHE ? 4 : 1;
+    const std::int64_t rounds = divide_up(groups, threads * std::clamp<std::int64_t>(fit, least, 8));
     return divide_up(groups, threads * rounds);
   }
 };

@@ -40,7 +40,13 @@ _OPTIONS: ContextVar[Options] = ContextVar("options of the cuda backend", defaul
 
 @contextmanager
 def options(precision: str = "fp32", tier: str | None = None, lanes: int | None = None) -> Iterator[None]:
-    """In this context products have operands of this precision ("fp32", "tf32", "bf16", "fp16"), and the plan is the one that is named."""
+    """In this context products have operands of this precision, and the plan is the one that is named.
+
+    Args:
+        precision: "fp32", or "tf32", "bf16", "fp16" for tensor cores, which add up in fp32. Convolutions are in fp32 whatever it says.
+        tier: "stream" or "resident"; None: what the planner finds faster.
+        lanes: samples of a tile; None likewise.
+    """
     token = _OPTIONS.set(Options(precision, tier, lanes))
     try:
         yield

@@ -20,7 +20,7 @@ from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.path_lengths import Plan, make_plan
 from pckernels.backends.results import Lazy, complaint, feed_forward_outcome, verdict
 from pckernels.call import Call, Outcome
-from pckernels.compiler import Compiled, compile_feed_forward, compile_steps, compile_sweep
+from pckernels.compiler import Compiled, compile_feed_forward, compile_gram, compile_steps, compile_sweep
 from pckernels.emitter import Objective, Place
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
@@ -172,8 +172,14 @@ class _Run:
         weight = self._parameter(info.name).contiguous()
         if not info.gram:
             return weight
-        rows = weight.view(info.outputs, -1)
-        return rows @ rows.t()
+        return self._gram(weight.view(info.outputs, -1))
+
+    def _gram(self, weight: Tensor) -> Tensor:
+        """W W^T."""
+        columns, result = weight.t().contiguous(), self._new(len(weight), len(weight))
+        memory = Memory([result], [columns], [result], self._new(1, 1, dtype=torch.float64))
+        self.execute(compile_gram(len(weight)), memory, len(columns), 1.0)
+        return result
 
     def _parameter(self, name: str) -> Tensor:
         return (self.call.tensors if self.bound is None else self.bound.weights)[name].detach()
@@ -221,25 +227,25 @@ class _Run:
             return self._feed_forward_outcome()
         of_outputs = [rows for (kind, _), rows in self.io.items() if kind == "losses"]
         losses = of_outputs[0] if len(of_outputs) == 1 else torch.stack(of_outputs).sum(0)
-        trajectory = self._trajectory(losses.dtype)
+        trajectory = self._trajectory()
         good, divergence = verdict(trajectory, self.call.dynamics.moves == "values")
         return Outcome(
             losses=losses,
             values=Lazy(self._values),
             errors=Lazy(self._errors),
-            energy=(lambda: trajectory) if self.code.carried else Lazy(self._energy_of_sweep(losses)),
+            energy=Lazy(lambda: trajectory.to(losses.dtype)) if self.code.carried else Lazy(self._energy_of_sweep(losses)),
             good=good,
             complaint=lambda: complaint(self._feed_forward(), self.call.dynamics, trajectory, self._errors(), divergence),
             plan=self._plan(),
             gradients=self._gradients() if self.call.learn else {},
         )
 
-    def _trajectory(self, dtype: torch.dtype) -> Tensor:
+    def _trajectory(self) -> Tensor:
         """F at the steps that ran; a loss stays where its prediction does."""
         total = self.energies.sum(1)
         if self.code.still and len(total) > 1:
             total[1:] += self.energies[0, list(self.code.still)].sum()
-        return total.to(dtype)
+        return total
 
     def _feed_forward_outcome(self) -> Outcome:
         return feed_forward_outcome({name: self._value(name) for name in self.energy_names}, {})

@@ -131,7 +131,7 @@ def diverged(energies: Tensor) -> Tensor:
 
 
 def verdict(energies: Tensor, may_diverge: bool) -> tuple[Tensor, Tensor | None]:
-    """Whether all is well, and with `may_diverge` the steps that are not. On the CPU a look at the sums is mostly enough, and costs no wait."""
+    """Whether all is well, and with `may_diverge` the steps that are not. On the CPU a look at the sums is mostly enough."""
     if energies.device.type == "cpu":
         values = energies.tolist()
         if all(map(math.isfinite, values)) and max(map(abs, values)) <= 1e3 * (abs(values[0]) + 1.0):
