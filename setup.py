@@ -40,12 +40,34 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="pckernels-build-") as folder:
-            self.cmake("-S", str(ROOT), "-B", folder, *self.options())
-            self.cmake("--build", folder, "--config", "Release", "--parallel", str(self.parallel or min(4, os.cpu_count() or 1)))
-            built = [path for path in Path(folder).rglob("_native*") if path.suffix in (".so", ".pyd", ".dylib")]
-            fresh = target.with_suffix(".new")
-            shutil.copyfile(built[0], fresh)
-            os.replace(fresh, target)  # not in place, under the feet of a process that has it loaded
+            if self.cmake("-S", str(ROOT), "-B", folder, *self.options()) or self.build(folder, "_native"):
+                raise RuntimeError(
+                    "CMake could not build the native engine of pckernels; its messages are above. It needs a C++17 compiler "
+                    "(g++ or clang++), on Debian and Ubuntu `apt install g++`. CXX names another compiler."
+                )
+            self.install(folder, "_native", target)
+            self.build_cuda(folder, target)
+
+    def build_cuda(self, folder: str, native: Path) -> None:
+        """The CUDA engine where CMake has found an nvcc. Without it, or where it fails, the rest is installed all the same."""
+        target = native.with_name(native.name.replace("_native", "_cuda"))
+        if not (Path(folder) / "csrc" / "cuda" / "has_cuda").exists():
+            target.unlink(missing_ok=True)  # of an earlier build: it would not fit the rest
+        elif self.build(folder, "_cuda"):
+            target.unlink(missing_ok=True)
+            print("pckernels: nvcc could not compile the CUDA engine; its messages are above. Installing without it.", file=sys.stderr)
+        else:
+            self.install(folder, "_cuda", target)
+
+    def build(self, folder: str, target: str) -> int:
+        jobs = str(self.parallel or min(4, os.cpu_count() or 1))
+        return self.cmake("--build", folder, "--config", "Release", "--target", target, "--parallel", jobs)
+
+    def install(self, folder: str, name: str, target: Path) -> None:
+        built = [path for path in Path(folder).rglob(f"{name}*") if path.suffix in (".so", ".pyd", ".dylib")]
+        fresh = target.with_suffix(".new")
+        shutil.copyfile(built[0], fresh)
+        os.replace(fresh, target)  # not in place, under the feet of a process that has it loaded
 
     def options(self) -> list[str]:
         import pybind11  # a build requirement, see pyproject.toml: not there when setup.py is only asked for its version
@@ -55,19 +77,16 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
+            "PCK_CUDA": os.environ.get("PCKERNELS_CUDA", "ON"),
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") and "CMAKE_GENERATOR" not in os.environ else []
         return [*generator, *(f"-D{name}={value}" for name, value in settings.items())]
 
-    def cmake(self, *arguments: str) -> None:
+    def cmake(self, *arguments: str) -> int:
         program = shutil.which("cmake")
         if program is None:
             raise RuntimeError("Building pckernels needs CMake 3.18 or newer, which was not found: `pip install cmake`.")
-        if subprocess.run([program, *arguments], check=False).returncode:
-            raise RuntimeError(
-                "CMake could not build the native engine of pckernels; its messages are above. It needs a C++17 compiler (g++ or clang++), "
-                "on Debian and Ubuntu `apt install g++`. CXX names another compiler."
-            )
+        return subprocess.run([program, *arguments], check=False).returncode
 
 
 packages, package_dir = layout()

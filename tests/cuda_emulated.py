@@ -39,6 +39,9 @@ def module(folder: Path) -> Any:
     return loaded
 
 
+GUARD = 4096  # bytes behind the workspace that nobody may write
+
+
 def aligned(count: int) -> numpy.ndarray:
     """NaN bytes, at a multiple of 256."""
     raw = numpy.full(count + 256, 0xFF, dtype=numpy.uint8)
@@ -74,6 +77,8 @@ class Program:
         factor: float = 1.0,
         tile_groups: int = 0,
     ) -> None:
-        workspace = aligned(self.program.workspace_bytes(batch, *self.cut))
-        memory = (self.tables.ctypes.data, workspace.ctypes.data, len(workspace))
+        size = self.program.workspace_bytes(batch, *self.cut)
+        workspace = aligned(size + GUARD)
+        memory = (self.tables.ctypes.data, workspace.ctypes.data, size)
         self.program.run(list(weights), list(io), list(gradients), energies, batch, factor, *memory, *self.cut)
+        assert (workspace[size:] == 0xFF).all()

@@ -243,8 +243,8 @@ class _Run:
     def _trajectory(self) -> Tensor:
         """F at the steps that ran; a loss stays where its prediction does."""
         total = self.energies.sum(1)
-        if self.code.still and len(total) > 1:
-            total[1:] += self.energies[0, list(self.code.still)].sum()
+        for slot in self.code.still:  # one by one: a list of them would have to travel to the device
+            total[1:] += self.energies[0, slot]
         return total
 
     def _feed_forward_outcome(self) -> Outcome:

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Everything that only an NVIDIA GPU can tell, in one command and under 9 minutes: builds, tests, compute-sanitizer, benchmarks.
+# Logs and JSON go to $OUT (./out). A part that fails or runs out of time does not stop those after it. Exit code: parts that failed.
+# Needs PyTorch with CUDA, nvcc and pybind11; no network. PYTHON says which Python.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+OUT=${OUT:-out}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+JOBS=${JOBS:-$(nproc)}
+PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+PYTHONUNBUFFERED=1
+export OUT PYTHON JOBS PYTHONPATH PYTHONUNBUFFERED
+summary=()
+failures=0
+
+# part NAME SECONDS COMMAND..: runs it with a limit, its output in $OUT/NAME.log.
+part() {
+  local name=$1 limit=$2 start=$SECONDS code=0 verdict=ok
+  shift 2
+  echo "== $name"
+  timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
+  if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+    verdict="no time left after ${limit}s"
+  elif [ "$code" -ne 0 ]; then
+    verdict="FAILED ($code)"
+  fi
+  [ "$code" -eq 0 ] || failures=$((failures + 1))
+  tail -n 15 "$OUT/$name.log"
+  summary+=("$(printf '%-22s %4ss  %s' "$name" "$((SECONDS - start))" "$verdict")")
+}
+
+# With pip where the build tools are there; where that leaves no CUDA module, with nvcc and g++ alone, in place.
+# shellcheck disable=SC2329  # called by `bash -c build`
+build() {
+  if "$PYTHON" -c 'import pybind11, cmake, setuptools' && "$PYTHON" -m pip install --no-build-isolation --no-deps --quiet -e .; then
+    echo "built with pip"
+  fi
+  if ! "$PYTHON" -c 'import pckernels._cuda'; then
+    echo "building the CUDA module with nvcc alone"
+    csrc/cuda/build.sh "$OUT/objects" && cp "$OUT"/objects/_cuda*.so pckernels/ && rm -r "$OUT/objects"
+  fi
+  "$PYTHON" - <<'PYTHON_END'
+import sys
+import pckernels as pck
+from pckernels import _cuda
+print(_cuda.info())
+print({name: (support.ok, support.reason) for name, support in pck.backends().items()})
+sys.exit(0 if pck.backends()["cuda"].ok else 1)
+PYTHON_END
+}
+
+# shellcheck disable=SC2329  # called by `bash -c 'sanitize ..'`
+sanitize() {
+  command -v compute-sanitizer || { echo "compute-sanitizer is not on the PATH"; return 1; }
+  # Unless all kernels are watched, initcheck takes what PyTorch wrote for memory that nobody wrote.
+  local only=(--kernel-regex kns=pckernels)
+  [ "$1" = initcheck ] && only=()
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 "${only[@]}" "$PYTHON" bench/gpu_small.py
+}
+export -f build sanitize
+
+nvidia-smi >"$OUT/nvidia-smi.log" 2>&1 || true
+part build 150 bash -c build
+part tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_gpu.py --junitxml="$OUT/tests.xml"
+for tool in memcheck racecheck synccheck initcheck; do
+  # shellcheck disable=SC2016  # the inner bash expands it
+  part "$tool" 32 bash -c 'sanitize "$1"' _ "$tool"
+done
+part benchmark 100 "$PYTHON" bench/gpu_step.py --out "$OUT/gpu_step.json" --limit 85
+
+# Skipped tests ran no kernel: all skipped is no success.
+if ! "$PYTHON" - "$OUT/tests.xml" <<'PYTHON_END'
+import sys
+import xml.etree.ElementTree as tree
+suite = tree.parse(sys.argv[1]).getroot().find("testsuite")
+ran = int(suite.get("tests")) - int(suite.get("skipped"))
+print(f"{ran} tests ran, {suite.get('skipped')} skipped, {suite.get('failures')} failed, {suite.get('errors')} errors")
+sys.exit(0 if ran else 1)
+PYTHON_END
+then
+  failures=$((failures + 1))
+  summary+=("no test ran a kernel")
+fi
+
+{
+  printf '%s\n' "${summary[@]}"
+  echo "$failures failed, $SECONDS s"
+} | tee "$OUT/summary.txt"
+exit "$failures"

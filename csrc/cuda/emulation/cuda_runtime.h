@@ -1,0 +1,86 @@
+// Stands in for CUDA's header when g++ compiles the kernels to run them on the CPU, where no GPU is at hand: a block's threads are fibers
+// that take turns between barriers, in an order drawn at random. It proves indices, barriers and the order of sums; not speed, and not
+// what only hardware has (address spaces, memory order between blocks).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <tuple>
+
+#define PCK_EMULATED_RUNTIME
+#define __device__
+#define __global__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __restrict__
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+namespace emulation {
+struct Place {
+  dim3 thread, block, block_size, grid;
+};
+extern Place place;  // of the fiber that runs
+extern char* shared;
+void meet();                                                // __syncthreads
+const char* exchange(const void* mine, std::size_t bytes);  // of the 32 threads of a warp, in a row
+void run_blocks(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body);
+}  // namespace emulation
+
+#define threadIdx (emulation::place.thread)
+#define blockIdx (emulation::place.block)
+#define blockDim (emulation::place.block_size)
+#define gridDim (emulation::place.grid)
+
+inline void __syncthreads() { emulation::meet(); }
+inline void __syncwarp() { emulation::exchange("", 1); }
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorNoDevice,
+  cudaErrorInsufficientDriver,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorMemoryAllocation
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }

@@ -1,0 +1,205 @@
+"""The cuda backend on a GPU, against the reference in float64 on the CPU. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import test_backends as backends
+import torch
+from torch import Tensor, nn
+
+import pckernels as pck
+from pckernels.backends import cuda, native
+from pckernels.planner import LANES
+
+SUPPORT = pck.backends()["cuda"]
+pytestmark = pytest.mark.skipif(not (SUPPORT.ok and torch.cuda.is_available()), reason=f"cuda: {SUPPORT.reason}")
+KINDS = backends.KINDS
+RULES = [
+    pck.Strict(8, 0.1),
+    pck.Strict(64, 0.05, momentum=0.5),
+    pck.Strict(2, 0.1, sweep="top_down"),
+    pck.Strict(2, 0.1, sweep="red_black"),
+    pck.FixedPrediction(8, 0.3),
+    pck.FixedPrediction(8, 0.3, solver="iterate"),
+    pck.ZeroDivergence(),
+]
+NAMES = [f"{type(rule).__name__}{k}" for k, rule in enumerate(RULES)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing unwritten can pass."""
+
+    def new(self: Any, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype or self.dtype)
+
+    monkeypatch.setattr(native._Run, "_new", new)
+
+
+@lru_cache
+def moved(network: pck.PCNetwork) -> pck.PCNetwork:
+    """The same parameters on the GPU."""
+    return pck.PCNetwork(copy.deepcopy(network.module).cuda(), pck.ZeroDivergence(), backend="cuda")
+
+
+def on_gpu(network: pck.PCNetwork, rule: pck.rules.Rule, loss: str, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    found = backends.run(moved(network), rule, loss, x.cuda(), target.cuda())
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def assert_as_good(name: str, rule: pck.rules.Rule, batch: int, loss: str = "squared_error") -> None:
+    wide, narrow = backends.networks(name)
+    x, target = backends.data(name, batch, loss)
+    exact = backends.run(wide, rule, loss, x.double(), target.double() if target.is_floating_point() else target)
+    narrow.backend = "reference"
+    reference = backends.run(narrow, rule, loss, x, target)
+    ours = on_gpu(narrow, rule, loss, x, target)
+    assert set(ours) == set(exact)
+    sizes = [float(value.abs().max()) for key, value in exact.items() if key.startswith("value") and value.numel()]
+    slack = 8 * backends.UNIT * max([1.0, *sizes])
+    for key, expected in exact.items():
+        off = backends.relative(ours[key], expected)
+        assert off <= 2 * backends.relative(reference[key], expected) + slack, (key, off)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("rule", RULES, ids=NAMES)
+def test_every_rule_on_every_model(name: str, rule: pck.rules.Rule) -> None:
+    assert_as_good(name, rule, 17)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 15, 16, 33, 300])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "lstm"])
+def test_ragged_batches(name: str, batch: int) -> None:
+    assert_as_good(name, pck.Strict(3, 0.1, momentum=0.5), batch)
+    assert_as_good(name, pck.ZeroDivergence(), batch, "cross_entropy")
+
+
+@pytest.mark.parametrize("width", [8, 10, 64, 100, 129])
+def test_ragged_widths(width: int) -> None:
+    assert_as_good(f"mlp{width}", pck.Strict(8, 0.1), 15)
+
+
+@pytest.mark.parametrize("tier", ["stream", "resident"])
+@pytest.mark.parametrize("lanes", LANES["fp32"])
+def test_every_tier_and_tile(tier: str, lanes: int) -> None:
+    with cuda.options(tier=tier, lanes=lanes):
+        for name in ("mlp", "mlp10", "skip"):
+            assert_as_good(name, pck.Strict(8, 0.1), 33)
+
+
+def smooth() -> nn.Module:
+    """Without kinks: a value that lands on the other side of one has not been rounded, but changed."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 64), nn.Tanh(), nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 3))
+
+
+@pytest.mark.parametrize("tier", ["stream", "resident"])
+@pytest.mark.parametrize(("precision", "unit"), [("tf32", 2.0**-11), ("bf16", 2.0**-8), ("fp16", 2.0**-11)])
+def test_precisions(tier: str, precision: str, unit: float) -> None:
+    network = pck.PCNetwork(smooth(), pck.ZeroDivergence(), backend="reference")
+    x, target = backends.data("mlp", 33, "squared_error")
+    for rule in (pck.Strict(8, 0.1), pck.ZeroDivergence()):
+        exact = backends.run(network, rule, "squared_error", x, target)
+        for lanes in LANES[precision]:
+            with cuda.options(precision, tier, lanes):
+                rounded = on_gpu(network, rule, "squared_error", x, target)
+            off = max(backends.relative(rounded[key], exact[key]) for key in exact if exact[key].norm() > 0)
+            assert 0 < off <= 4 * unit * 64**0.5, off
+
+
+def test_hidden_errors_start_at_zero_bit_for_bit() -> None:
+    for name in KINDS:
+        _, network = backends.networks(name)
+        on = moved(network)
+        on.rule, on.loss = pck.Strict(0, 0.1), "squared_error"
+        x, target = backends.data(name, 5, "squared_error")
+        errors = on.infer(x.cuda(), target.cuda()).errors
+        assert all(not error.any() for vertex, error in errors.items() if vertex != "output")
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    for name in ("mlp", "cnn", "lstm"):
+        _, network = backends.networks(name)
+        x, target = backends.data(name, 300, "squared_error")
+        first, second = (on_gpu(network, pck.Strict(6, 0.1, momentum=0.5), "squared_error", x, target) for _ in range(2))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_stream_of_ones_own() -> None:
+    _, network = backends.networks("mlp")
+    x, target = backends.data("mlp", 33, "squared_error")
+    plain = on_gpu(network, pck.Strict(6, 0.1), "squared_error", x, target)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = on_gpu(network, pck.Strict(6, 0.1), "squared_error", x, target)
+    assert all(torch.equal(plain[key], other[key]) for key in plain)
+
+
+class Engine:
+    """One inference of a network as the backend runs it, with memory of its own, to be launched again and again."""
+
+    def __init__(self, network: pck.PCNetwork, x: Tensor, target: Tensor, monkeypatch: pytest.MonkeyPatch):
+        self.seen: list[tuple[Any, ...]] = []
+
+        def remember(*arguments: Any) -> None:
+            self.seen.append(arguments)
+            cuda.launch(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, "execute", remember)
+            network.infer(x, target)
+
+    def launch(self) -> None:
+        for arguments in self.seen:
+            cuda.launch(*arguments)
+
+
+def test_it_can_be_captured_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = pck.PCNetwork(copy.deepcopy(backends.networks("mlp")[1].module).cuda(), pck.Strict(6, 0.1), backend="cuda")
+    x, target = (tensor.cuda() for tensor in backends.data("mlp", 33, "squared_error"))
+    engine = Engine(network, x, target, monkeypatch)
+    expected = engine.seen[-1][1].energies.clone()
+    engine.launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        engine.launch()
+    engine.seen[-1][1].energies.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(engine.seen[-1][1].energies, expected)
+
+
+def test_kernels_launch_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = pck.PCNetwork(copy.deepcopy(backends.networks("mlp")[1].module).cuda(), pck.Strict(6, 0.1), backend="cuda")
+    engine = Engine(network, *(tensor.cuda() for tensor in backends.data("mlp", 33, "squared_error")), monkeypatch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.launch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_plans_fit_this_gpu_and_refusals_have_reasons() -> None:
+    limits = cuda.limits(torch.device("cuda", 0))
+    assert limits.shared_bytes == getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin", limits.shared_bytes)
+    network = pck.PCNetwork(nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten()).cuda(), RULES[0])
+    inference = network.infer(torch.randn(2, 3, 32, 32).cuda(), torch.randn(2, 57600).cuda())
+    assert inference.backend == "reference" and "too little" in inference.plan
+
+
+def test_tensors_on_the_cpu_are_refused() -> None:
+    _, network = backends.networks("mlp")
+    network.backend = "cuda"
+    with pytest.raises(pck.Unsupported, match=r"it runs float32 on a CUDA device; this call has torch\.float32 on cpu"):
+        network.infer(*backends.data("mlp", 3, "squared_error"))
+
+
+def test_the_plan_is_told() -> None:
+    _, network = backends.networks("mlp")
+    on = pck.PCNetwork(copy.deepcopy(network.module).cuda(), pck.Strict(3, 0.1))
+    inference = on.infer(*(tensor.cuda() for tensor in backends.data("mlp", 33, "squared_error")))
+    assert inference.backend == "cuda" and "tier: " in inference.plan
