@@ -39,7 +39,8 @@ _BACKENDS: dict[str, Backend] = {
     "triton": _ABSENT,
     "cuda": Backend(Support(*cuda.availability()), cuda.refusal, cuda.run),
 }
-_ORDER = ("cuda", "triton", "host", "reference")
+# "auto" tries these. Not "cuda": its kernels have passed every test that needs no GPU, but none on one; ask for them by name.
+_ORDER = ("host", "reference")
 
 
 def backends() -> dict[str, Support]:

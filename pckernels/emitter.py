@@ -19,7 +19,7 @@ class Place:
     """What an io slot stands for: n numbers for each sample.
 
     kind: "input", "external" (a prediction computed outside), "target", "losses", "value", "error", "x" and "g" (inputs and errors of
-    products, for their weights), or "gradient" (of a per-sample weight).
+    products, for their weights).
     """
 
     kind: str
@@ -84,7 +84,6 @@ class Emitter:
         self._inner_change: dict[int, Array] = {}
         self._where: dict[tuple[str, int], Array] = {}
         self._targets: dict[str, Array] = {}
-        self._conv_weights: set[str] = set()
         self.weights = list(program.weights)
         self.grams: dict[tuple[str, int], Gram] = {}
         self.displacements = {node.name: self.array(node.prediction, "displacement") for node in self.hidden if live}
@@ -137,10 +136,18 @@ class Emitter:
         return self.gradients.setdefault(weight, len(self.gradients))
 
     def finished(self, steps: int) -> Code:
+        self._check_gradients()
         merge_products(self.sections)
         phases, rows = assemble(self.sections)
         counts = {"weights": len(self.weights), "io": len(self.io), "gradients": len(self.gradients)}
         return Code(phases, rows, steps=steps, energies=len(self.energy_slots), products=tuple(self.products), **counts)
+
+    def _check_gradients(self) -> None:
+        """A gradient is summed inside the tiles, or from outer products after them."""
+        inside = {draft.slot for section in self.sections for draft in section.drafts if draft.op in (Op.CONV_LEARN, Op.SUM_LEARN)}
+        outside = {slot for product in self.products for slot in (product.weight, product.bias)} - {ABSENT}
+        if inside & outside:
+            raise Unsupported("a convolution and a linear layer share a parameter")
 
     # The feed-forward pass
 
@@ -270,7 +277,6 @@ class Emitter:
 
         written: arrays that already hold a part of their sum.
         """
-        sinks = {**sinks, **(self._sample_sinks(node) if learn else {})}
         useful = self._useful(node, sinks, learn)
         grads = {node.prediction: error}
         for k, stage in reversed(list(enumerate(node.stages))):
@@ -289,8 +295,6 @@ class Emitter:
                     target = grads.setdefault(buffer, self.array(buffer, "feedback"))
                 if target is not None:
                     self._send(stages.feedback(stage, arrays, which, grads[stage.output], target), stage, target, written)
-        for buffer in self._sample_buffers(node) if learn else ():
-            self._store_sample_gradient(buffer, sinks[buffer], written, coefficient)
 
     def _send(self, draft: Draft, stage: Stage, target: Array, written: set[Array]) -> None:
         if target not in written and not stages.covers(stage, target.n):
@@ -318,7 +322,6 @@ class Emitter:
         if stage.kind is Kind.CONV:
             change = arrays.changes[0] if arrays.changes else None
             if weight != ABSENT:
-                self._conv_weights.add(self.weight_name(stage.weight))
                 self.emit(Draft(Op.CONV_LEARN, None, error, arrays.inputs[0], change, slot=weight, p=stage.p, f=(coefficient,)))
             if bias != ABSENT:
                 self.emit(Draft(Op.SUM_LEARN, None, error, slot=bias, p=(1, stage.p[3], stage.p[13] * stage.p[14]), f=(coefficient,)))
@@ -371,20 +374,3 @@ class Emitter:
         change = change if node.name in self.displacements or node.prediction in self.moving else None
         n = self.program.buffers[node.prediction].size
         self.emit(Draft(Op.STORE, a=self.base(node.prediction), b=change, n=n, slot=self.place("value", node.name, n), p=(n, 0)))
-
-    # Weights with a row for each sample
-
-    def _sample_buffers(self, node: Node) -> list[int]:
-        read = dict.fromkeys(buffer for stage in node.stages for buffer in stage.inputs)
-        return [buffer for buffer in read if self._names.get(buffer) in self.learning]
-
-    def _sample_sinks(self, node: Node) -> dict[int, Array]:
-        return {buffer: self.array(buffer, f"gradient in {node.name}") for buffer in self._sample_buffers(node)}
-
-    def _store_sample_gradient(self, buffer: int, gradient: Array, written: set[Array], coefficient: float) -> None:
-        name = self._names[buffer]
-        if ("gradient", name) in self.io:
-            raise Unsupported(f"{name!r}, a weight with a row for each sample, is read by several vertices")
-        scaled = Array(gradient.n, f"{name}:scaled")
-        self.emit(Draft(Op.ADD, scaled, gradient, n=gradient.n, f=(coefficient, 0.0)))
-        self.emit(Draft(Op.STORE, a=scaled, n=gradient.n, slot=self.place("gradient", name, gradient.n), p=(gradient.n, 0)))

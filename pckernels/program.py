@@ -37,7 +37,7 @@ class Buffer:
     Attributes:
         name: for people.
         size: elements of one sample.
-        source: "input", "sample" (a constant or weight with a row for each sample), or "" for what stages compute.
+        source: "input", "sample" (a constant with a row for each sample), or "" for what stages compute.
     """
 
     name: str

@@ -293,6 +293,13 @@ def test_what_code_cannot_do_gets_a_reason(rule: pck.rules.Rule, loss: object, r
         network.backward(torch.randn(2, 3), torch.randn(2, 2))
 
 
+def test_a_parameter_of_a_convolution_and_a_linear_layer_is_refused(interpreted: Interpreted) -> None:
+    module = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 3))
+    module[2].bias = module[0].bias
+    with pytest.raises(pck.Unsupported, match="a convolution and a linear layer share a parameter"):
+        pck.PCNetwork(module, pck.Strict(2, 0.1)).backward(torch.randn(2, 2, 4), torch.randn(2, 3))
+
+
 def test_recorded_steps_are_refused(interpreted: Interpreted) -> None:
     network = pck.PCNetwork(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), pck.Strict(2, 0.1))
     with pytest.raises(pck.Unsupported, match="record=True"):

@@ -33,7 +33,7 @@ from pckernels.rules import Dynamics
 
 Execute = Callable[[Compiled, Memory, int, float], None]
 Key = tuple[str, str]  # kind and name of a place
-KEPT, SCRATCH = ("losses", "value", "error", "gradient"), ("x", "g")
+KEPT, SCRATCH = ("losses", "value", "error"), ("x", "g")
 Objectives = tuple[tuple[str, Objective], ...]
 
 
@@ -146,8 +146,10 @@ class _Run:
         outside = {node.name for node in program.nodes if node.external}
         # Functions of parameters, constants and vertices outside are PyTorch's; most models have none.
         self.bound = Bound(self.graph, call, held=self._shapes(), only=outside) if outside or self.graph.derived else None
-        self.sign = -1.0 * float(call.factor)
+        # A factor on the device is applied there afterwards: to read it would be to wait.
+        self.sign = -1.0 if isinstance(call.factor, Tensor) else -1.0 * call.factor
         self.dtype = self.graph.vertices[0].dtype or torch.float32
+        self.device = next(iter(call.tensors.values())).device
         io = self._inputs() | self._results(KEPT) | self._results(SCRATCH)
         self.io = {key: rows for key, rows in io.items() if key[0] not in SCRATCH}
         self.gradients = {name: self._new(*self._parameter(name).shape) for name in code.gradients}
@@ -208,7 +210,7 @@ class _Run:
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory that the code writes whole."""
-        return torch.empty(shape, dtype=dtype or self.dtype)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def _rows(self, tensor: Tensor, place: Place) -> Tensor:
         axis = self.program.batch_axes[place.name]
@@ -307,11 +309,10 @@ class _Run:
     def _gradients(self) -> dict[str, Tensor]:
         """Parameter in the graph -> dF/dtheta times the factor, also through functions of parameters and of vertices outside."""
         found, self.gradients = self.gradients, {}  # nobody else holds them: they become the .grad without a copy
+        if isinstance(self.call.factor, Tensor):
+            found = {name: gradient * self.call.factor for name, gradient in found.items()}
         if self.bound is None:
             return found | {name: torch.zeros_like(self.call.tensors[name]) for name in self._learning() - found.keys()}
-        for (kind, name), rows in self.io.items():
-            if kind == "gradient":
-                found[name] = self._per_sample_gradient(self.bound.weights[name], rows, self.program.batch_axes[name])
         updates = LocalUpdates(self.bound, self.call.factor)
         errors = self._errors() if self.bound.locals else {}
         for name, local in self.bound.locals.items():
@@ -323,10 +324,6 @@ class _Run:
         read = {name for vertex in self.graph.vertices for name in vertex.parameters}
         parameters = self.call.trace.parameters.items()
         return {key for key, name in parameters if name in read and self.call.tensors[key].requires_grad}
-
-    def _per_sample_gradient(self, weight: Tensor, rows: Tensor, axis: int) -> Tensor:
-        shape = list(weight.shape)
-        return rows.view(shape.pop(axis), *shape).movedim(0, axis) * self.sign
 
 
 def sweep_energy(plan: Plan, code: Compiled, squares: Mapping[str, Tensor], losses: Tensor) -> Tensor:
