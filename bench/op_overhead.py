@@ -38,7 +38,7 @@ def smallest() -> tuple[native.Compiled, Memory]:
         torch.ones(1, 1), torch.ones(1, 1)
     )
     native.run = run
-    return found[0]
+    return found[-1]
 
 
 def median(call: Callable[[], object], repeats: int) -> float:
