@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -39,6 +40,13 @@ class Compiled:
     carried: bool
     still: tuple[int, ...] = ()
     lengths: dict[str, set[int]] = field(default_factory=dict)
+
+    @cached_property
+    def io_order(self) -> list[int]:
+        """Where each io slot stands among what the code reads, followed by what it writes."""
+        sources = sum(not place.is_result for place in self.io)
+        read, written = itertools.count(), itertools.count(sources)
+        return [next(written if place.is_result else read) for place in self.io]
 
     @cached_property
     def gradient_sizes(self) -> list[int]:

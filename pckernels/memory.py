@@ -28,7 +28,5 @@ class Memory:
     @staticmethod
     def joined(code: Compiled, weights: Sequence[Tensor], read: Sequence[Tensor], written: Sequence[Tensor]) -> Memory:
         """The opposite of `split`."""
-        sources, results = iter(read), iter(written)
-        io = [next(results) if place.is_result else next(sources) for place in code.io]
-        *gradients, energies = results
-        return Memory(weights, io, gradients, energies)
+        both = [*read, *written]
+        return Memory(weights, [both[k] for k in code.io_order], both[len(code.io) : -1], both[-1])

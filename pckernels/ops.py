@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -170,7 +170,7 @@ def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors((*args, *kwargs.values()))):
+        if torch.is_grad_enabled() and (_requires_grad(args) or _requires_grad(kwargs.values())):
             raise RuntimeError(
                 f"torch.ops.pckernels.{packet} cannot be differentiated, and an input requires a gradient. Call it under torch.no_grad(), "
                 "or detach the inputs."
@@ -180,14 +180,14 @@ def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
+def _requires_grad(values: Iterable[Any]) -> bool:
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += [item for item in value if isinstance(item, Tensor)]
-    return found
+            if value.requires_grad:
+                return True
+        elif isinstance(value, list) and _requires_grad(value):
+            return True
+    return False
 
 
 _EVERYWHERE: dict[str, Callable[..., Any]] = {
