@@ -13,6 +13,8 @@ import pytest
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 
+pytestmark = pytest.mark.timeout(900)  # nvcc, on a busy machine
+
 
 def load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("resources", CUDA / "resources.py")

@@ -20,6 +20,8 @@ from pckernels.instructions import Instruction, Loss, Op, OuterProduct
 from pckernels.memory import Memory
 from pckernels.planner import LANES, SUM_BYTES, Choice, Limits
 
+pytestmark = pytest.mark.timeout(900)  # the first of them compiles the emulator
+
 LIMITS = Limits.of(90, 4)
 # Largest error against float64, relative to the largest entry, for each operand: what rounding both operands of 100 products allows.
 TOLERANCE = {"fp32": 4e-6, "tf32": 4 * 2.0**-11 * 10, "bf16": 4 * 2.0**-8 * 10, "fp16": 4 * 2.0**-11 * 10}

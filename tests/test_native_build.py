@@ -28,7 +28,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 HOST_SOURCES = [f"host/{name}.cpp" for name in ("isa", "analysis", "check", "run", "threads", "workspace")]
 RACE = 66  # the exit status of a program in which ThreadSanitizer found a race
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+# Compilers take their time on a busy machine.
+pytestmark = [pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"), pytest.mark.timeout(900)]
 
 
 def build(folder: Path, name: str, sources: list[str], *flags: str) -> Path:
