@@ -86,7 +86,7 @@ def compile_steps(
 ) -> Compiled:
     """T steps, one after the other: of the values (predictions follow) or of the errors (predictions stay).
 
-    gram: hold displacements in the Gram form where there is one (see pays_as_gram).
+    gram: hold displacements in the Gram form where there is one (emitter.Gram).
     """
     if dynamics.tolerance is not None:
         raise Unsupported("tolerance= lets each sample rest by itself, which only the reference does")

@@ -370,7 +370,6 @@ class Emitter:
 
     def store_value(self, node: Node) -> None:
         """Keep a node's value: the prediction of an output, and of any node where nothing moves."""
-        change = self.moved[node.name] if self.live and node.name not in self.displacements else self.displacements.get(node.name)
-        change = change if node.name in self.displacements or node.prediction in self.moving else None
+        change = self.displacements.get(node.name, self.change(node.prediction, node))
         n = self.program.buffers[node.prediction].size
         self.emit(Draft(Op.STORE, a=self.base(node.prediction), b=change, n=n, slot=self.place("value", node.name, n), p=(n, 0)))

@@ -5,7 +5,6 @@ The change is the difference from the feed-forward pass, formed without cancella
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pckernels.arena import Array, Draft
@@ -99,7 +98,6 @@ def feedback(stage: Stage, arrays: Operands, which: int, error: Array, target: A
 
 _PRODUCT = {Kind.LINEAR: Op.LINEAR, Kind.CONV: Op.CONV}
 _TRANSPOSED = {Kind.LINEAR: Op.LINEAR_T, Kind.CONV: Op.CONV_T}
-Bodies = Callable[[Stage, Operands, bool], Draft]
 
 
 def _copy(stage: Stage, out: Array | None, a: Array | None) -> Draft:

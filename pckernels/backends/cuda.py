@@ -78,7 +78,7 @@ def refusal(call: Call) -> str | None:
     device = device_of(call)
     if isinstance(device, str):
         return device
-    if any(vertex.dtype not in (None, torch.float32) for vertex in call.trace.graph.vertices):
+    if not native.is_float32(call.trace.graph):
         return "it runs float32; a vertex of this graph has another dtype"
     reason = native.refusal(call)
     if reason is not None or not call.size:

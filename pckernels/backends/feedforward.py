@@ -88,8 +88,7 @@ class Bound:
         self.environment: dict[str, object] = {**call.tensors, **(held or {})}
         self.sources = {name: tensor for name, tensor in call.tensors.items() if name in call.trace.parameters}
         self.weights: dict[str, Tensor] = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
-        read = {name for vertex in graph.vertices for name in vertex.parameters}
-        self.learning = [key for key, name in call.trace.parameters.items() if name in read and call.tensors[key].requires_grad]
+        self.learning = learning_parameters(graph, call)
         self.mu: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor] = {}
         self.locals: dict[str, Local] = {}
@@ -148,6 +147,12 @@ class Bound:
             edges,
             tuple(weights[n] for n in vertex.direct),
         )
+
+
+def learning_parameters(graph: ComputationGraph, call: Call) -> list[str]:
+    """The parameters that vertices read and that learn, whether or not an error reaches them."""
+    read = {name for vertex in graph.vertices for name in vertex.parameters}
+    return [key for key, name in call.trace.parameters.items() if name in read and call.tensors[key].requires_grad]
 
 
 def _leaf(tensor: Tensor, free: bool) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from pckernels import engine, ops
 from pckernels.backends import native
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
-from pckernels.graph import ComputationGraph
 from pckernels.memory import Memory
 
 
@@ -31,14 +28,9 @@ def refusal(call: Call) -> str | None:
     other = next((tensor for tensor in call.tensors.values() if not _fits(tensor)), None)
     if other is not None:
         return f"it runs float32 on the CPU; this call has {other.dtype} on {other.device}"
-    if not _is_float32(call.trace.graph):
+    if not native.is_float32(call.trace.graph):
         return "it runs float32; a vertex of this graph has another dtype"
     return native.refusal(call)
-
-
-@lru_cache(maxsize=64)
-def _is_float32(graph: ComputationGraph) -> bool:
-    return all(vertex.dtype in (None, torch.float32) for vertex in graph.vertices)
 
 
 def _fits(tensor: Tensor) -> bool:

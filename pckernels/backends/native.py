@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pckernels.backends import closed_form
-from pckernels.backends.feedforward import Bound
+from pckernels.backends.feedforward import Bound, learning_parameters
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.path_lengths import Plan, make_plan
 from pckernels.backends.results import Lazy, complaint, feed_forward_outcome, verdict
@@ -64,13 +64,18 @@ def compiled(
         return str(error)
 
 
+@lru_cache(maxsize=64)
+def is_float32(graph: ComputationGraph) -> bool:
+    """Whether every vertex is, as the compiled engines need it."""
+    return all(vertex.dtype in (None, torch.float32) for vertex in graph.vertices)
+
+
 def refusal(call: Call) -> str | None:
     """Why no native backend can run a call, or None."""
     trace = call.trace
     if not trace.batched:
         return "the trace holds for one batch size alone"
-    held = next((name for name, derived in trace.graph.derived.items() if derived.kind == "held"), None)
-    if held is not None:
+    if any(derived.kind == "held" for derived in trace.graph.derived.values()):
         return "dropout masks and batch statistics are drawn or measured in the feed-forward pass, which only the reference does"
     if trace.updates:
         return "the call moves buffers of the module, which only the reference does"
@@ -312,18 +317,13 @@ class _Run:
         if isinstance(self.call.factor, Tensor):
             found = {name: gradient * self.call.factor for name, gradient in found.items()}
         if self.bound is None:
-            return found | {name: torch.zeros_like(self.call.tensors[name]) for name in self._learning() - found.keys()}
+            unreached = [name for name in learning_parameters(self.graph, self.call) if name not in found]
+            return found | {name: torch.zeros_like(self.call.tensors[name]) for name in unreached}
         updates = LocalUpdates(self.bound, self.call.factor)
         errors = self._errors() if self.bound.locals else {}
         for name, local in self.bound.locals.items():
             updates.learn(local, errors[name])
         return updates.gradients(found)
-
-    def _learning(self) -> set[str]:
-        """The parameters of the graph that learn, whether or not an error has reached them."""
-        read = {name for vertex in self.graph.vertices for name in vertex.parameters}
-        parameters = self.call.trace.parameters.items()
-        return {key for key, name in parameters if name in read and self.call.tensors[key].requires_grad}
 
 
 def sweep_energy(plan: Plan, code: Compiled, squares: Mapping[str, Tensor], losses: Tensor) -> Tensor:
