@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from pckernels.arena import ALIGNMENT, Array, Draft
@@ -30,6 +30,7 @@ class Compiled:
         lengths: of a sweep, the path lengths that make up each node's error.
         carried: whether energies are those of the steps; otherwise they are ||delta||^2 of each node, once.
         still: energy slots of losses that the steps do not move: they are known from the start.
+        program, dynamics: what the steps were compiled from, for kernels that run a whole model by themselves; None of other code.
     """
 
     code: Code
@@ -40,6 +41,8 @@ class Compiled:
     carried: bool
     still: tuple[int, ...] = ()
     lengths: dict[str, set[int]] = field(default_factory=dict)
+    program: Program | None = None
+    dynamics: Dynamics | None = None
 
     @cached_property
     def io_order(self) -> list[int]:
@@ -106,7 +109,8 @@ def compile_steps(
     for folded in list(emitter.grams.values()):
         emitter.unfold(folded)
     _learn_and_store(emitter)
-    return _compiled(emitter, steps, dict.fromkeys(_with_errors(emitter), 1.0), carried=True)
+    compiled = _compiled(emitter, steps, dict.fromkeys(_with_errors(emitter), 1.0), carried=True)
+    return replace(compiled, program=program, dynamics=dynamics)
 
 
 def _learn_and_store(emitter: Emitter) -> None:
