@@ -8,13 +8,14 @@ from torch import Tensor
 from triton_case import DEVICE, relative_error, require_a_way_to_run
 
 from pckernels import interpreter
-from pckernels.instructions import Activation
+from pckernels.instructions import Activation, Code, OuterProduct
+from pckernels.memory import Memory
 
 require_a_way_to_run()
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from pckernels.triton import activations, functions  # noqa: E402
+from pckernels.triton import activations, functions, local_update  # noqa: E402
 
 SLOPES_ALONE = (Activation.AFFINE, Activation.LEAKY_RELU)  # whose change may be a slope times dz, whatever z is
 BY_VALUE = (Activation.TANH, Activation.SIGMOID)
@@ -90,3 +91,72 @@ def test_elementary_functions() -> None:
         normal = wanted.abs() > 1.2e-38
         assert ((found - wanted) / wanted)[normal].abs().max() < 1e-6
     assert (out[4].cpu().double() - torch.special.ndtr(wide)).abs().max() < 2e-7
+
+
+def outer_case(positions: int, inputs: int, outputs: int, spare: int = 0, offset: int = 0, weight: int = 0, bias: int = 1) -> OuterProduct:
+    """A product that learns gradient 0 and 1 from io 0 (errors) and io 1."""
+    return OuterProduct(weight, bias, 0, 1, positions, inputs, outputs, positions * inputs + spare, offset, coefficient=0.5)
+
+
+def learned(products: list[OuterProduct], io: list[Tensor], sizes: tuple[int, ...], batch: int, precision: str = "fp32") -> list[Tensor]:
+    gradients = [torch.full((size,), float("nan"), device=DEVICE) for size in sizes]
+    local_update.learn(products, [tensor.float().to(DEVICE) for tensor in io], gradients, batch, -1.5, precision)
+    return gradients
+
+
+def expected_update(products: list[OuterProduct], io: list[Tensor], sizes: tuple[int, ...], batch: int) -> list[Tensor]:
+    """By the interpreter of the engine's instructions, in float64."""
+    shapes = {p.weight: (p.outputs, p.inputs) for p in products if p.weight >= 0}
+    gradients = [torch.zeros(shapes.get(slot, (size,)), dtype=torch.float64) for slot, size in enumerate(sizes)]
+    code = Code((), 0, 0, len(io), len(sizes), 0, 1, tuple(products))
+    interpreter.execute(code, Memory([], [tensor.double() for tensor in io], gradients, torch.zeros(1, 1).double()), batch, -1.5)
+    return [gradient.flatten() for gradient in gradients]
+
+
+SPLIT = local_update.ROWS_OF_A_PART
+
+
+@pytest.mark.parametrize("batch", [1, 15, 17, 3 * SPLIT + 5])
+@pytest.mark.parametrize(("positions", "inputs", "outputs"), [(1, 8, 10), (1, 100, 33), (3, 1, 129), (2, 65, 64)])
+def test_local_update(batch: int, positions: int, inputs: int, outputs: int) -> None:
+    product = outer_case(positions, inputs, outputs, spare=7, offset=3)
+    io = [torch.randn(batch, positions * outputs), torch.randn(batch, product.x_stride)]
+    sizes = (outputs * inputs, outputs)
+    for found, wanted in zip(learned([product], io, sizes, batch), expected_update([product], io, sizes, batch), strict=True):
+        assert relative_error(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [5, 2 * SPLIT])
+def test_products_of_one_weight_add_up(batch: int) -> None:
+    """Once with a bias of their own, once without, once the bias alone: of a weight that serves twice, and of one that is frozen."""
+    products = [outer_case(1, 9, 6), outer_case(1, 9, 6, bias=2), outer_case(1, 9, 6, bias=-1), outer_case(1, 9, 6, weight=-1)]
+    io = [torch.randn(batch, 6), torch.randn(batch, 9)]
+    sizes = (54, 6, 6)
+    for found, wanted in zip(learned(products, io, sizes, batch), expected_update(products, io, sizes, batch), strict=True):
+        assert relative_error(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_local_update_with_rounded_operands(precision: str) -> None:
+    batch, product = 40, outer_case(1, 33, 20)
+    io = [torch.randn(batch, 20), torch.randn(batch, 33)]
+    sizes = (660, 20)
+    bits = {"tf32": 2.0**-11, "fp16": 2.0**-11}[precision]
+    exact = expected_update([product], [rounded(tensor, precision) for tensor in io], sizes, batch)[0]
+    assert relative_error(learned([product], io, sizes, batch, precision)[0], exact) < 4 * bits * batch**0.5
+
+
+def rounded(tensor: Tensor, precision: str) -> Tensor:
+    """As the operand of a product; the interpreter keeps TF32 in float32, a GPU cuts it."""
+    return tensor.half().double() if precision == "fp16" else tensor.double()
+
+
+def test_the_parts_of_a_batch_are_its_own() -> None:
+    """A batch is split by its size alone, whatever the GPU, and every row is in one part."""
+    for rows in (1, 31, 255, 512, 5000, 10**6):
+        for outputs, inputs in ((10, 300), (300, 784), (10, 0)):
+            parts, part_rows = local_update.partition(rows, outputs, inputs)
+            assert (
+                part_rows % local_update.ROWS == 0 and (parts - 1) * part_rows < rows <= parts * part_rows and parts <= local_update.PARTS
+            )
+    assert local_update.partition(512, 10, 300)[0] == 2
