@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pckernels.backends import cuda, host, reference
+from pckernels.backends import cuda, host, reference, triton
 from pckernels.call import Call, Outcome
 from pckernels.errors import Unsupported
 
@@ -30,16 +30,13 @@ class Backend:
     run: Run
 
 
-_ABSENT = Backend(
-    Support(False, "not part of this release; the reference backend runs everything"), lambda call: "it is absent", reference.run
-)
 _BACKENDS: dict[str, Backend] = {
     "reference": Backend(Support(True, "pure PyTorch, on any device and in any floating dtype"), lambda call: None, reference.run),
     "host": Backend(Support(*host.availability()), host.refusal, host.run),
-    "triton": _ABSENT,
+    "triton": Backend(Support(*triton.availability()), triton.refusal, triton.run),
     "cuda": Backend(Support(*cuda.availability()), cuda.refusal, cuda.run),
 }
-# "auto" tries these. Not "cuda": its kernels have passed every test that needs no GPU, but none on one; ask for them by name.
+# "auto" tries these. Not "cuda" or "triton": their kernels have passed every test that needs no GPU, but none on one; ask for them by name.
 _ORDER = ("host", "reference")
 
 
