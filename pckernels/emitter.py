@@ -30,6 +30,11 @@ class Place:
     def is_result(self) -> bool:
         return self.kind not in ("input", "external", "target")
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the run's outcome needs it."""
+        return self.kind in ("losses", "value", "error")
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels import dispatch
-from pckernels.backends import native
+from pckernels.backends import native, selection
 from pckernels.compiler import Compiled
 from pckernels.instructions import Code, Op
 from pckernels.network import PCNetwork
@@ -74,7 +74,7 @@ def code(model: str, rule: str) -> Code:
 
 def host_that(execute: Any) -> dispatch.Backend:
     support = dispatch.Support(True, "for its code alone")
-    return dispatch.Backend(support, lambda call: native.refusal(call), lambda call: native.run(call, execute))
+    return dispatch.Backend(support, lambda call: selection.refusal(call), lambda call: native.run(call, execute))
 
 
 def test_the_table_of_plans(capsys: pytest.CaptureFixture[str]) -> None:
