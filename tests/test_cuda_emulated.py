@@ -20,7 +20,7 @@ from pckernels.instructions import Instruction, Loss, Op, OuterProduct
 from pckernels.memory import Memory
 from pckernels.planner import LANES, SUM_BYTES, Choice, Limits
 
-pytestmark = pytest.mark.timeout(900)  # the first of them compiles the emulator
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("emulator")]  # the first of them compiles it
 
 LIMITS = Limits.of(90, 4)
 # Largest error against float64, relative to the largest entry, for each operand: what rounding both operands of 100 products allows.

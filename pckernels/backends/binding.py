@@ -36,7 +36,9 @@ class Outside:
     """What of a graph lies outside of its code.
 
     Attributes:
-        vertices: computed outside; has_functions: whether there are functions of parameters; shapes: value nodes whose shapes constants read.
+        vertices: computed outside.
+        has_functions: whether there are functions of parameters.
+        shapes: value nodes whose shapes constants read.
     """
 
     vertices: frozenset[str]
