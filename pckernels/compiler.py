@@ -246,8 +246,8 @@ class _Values:
             emitter.first = self.moves[node.name]
             state, error, fed = emitter.displacements[node.name], emitter.errors[node.name], sinks[node.prediction]
             if node.name in self.grams:
-                gram = self.grams[node.name]
-                state, error, fed = gram.state, gram.state, gram.feedback
+                state = error = self.grams[node.name].state
+                fed = emitter.fed[node.name]
                 written.add(fed)
             emitter.emit(
                 Draft(Op.MOVE, state, error, fed if fed in written else None, self.velocities.get(node.name), n=state.n, f=factors)
