@@ -17,8 +17,9 @@ demo: $(STAMP)
 	$(RUN) -m pckernels verify cnn resnet lstm --plot $(OUT)/convergence.png --json $(OUT)/verify.json
 	@echo "Figures: $$(echo $(OUT)/*.png $(OUT)/strict/*.png)"
 
+# A process for each core; tests that share a compilation stay together (xdist_group).
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadgroup
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent
 TRITON = "triton_kernels"  # installed as pckernels.triton: a top-level name would shadow another project's package
 
 CLI = ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"]
-DEV = ["hypothesis>=6.100", "mypy>=1.13", "pybind11>=2.12", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8"]
+DEV = ["hypothesis>=6.100", "mypy>=1.13", "pybind11>=2.12", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.8"]
 
 
 def version() -> str:

@@ -18,16 +18,18 @@ from torch import nn
 import pckernels as pck
 from pckernels import engine, ops
 from pckernels.backends import native
-from pckernels.memory import Memory
+from pckernels.backends.binding import Execute
+from pckernels.compiler import Compiled
+from pckernels.memory import Packed
 
 
-def smallest() -> tuple[native.Compiled, Memory]:
+def smallest() -> tuple[Compiled, Packed]:
     """The code of one inference step of a network of three numbers, with its tensors."""
-    found: list[tuple[native.Compiled, Memory]] = []
+    found: list[tuple[Compiled, Packed]] = []
     run = native.run
 
-    def spied(call: pck.call.Call, execute: native.Execute) -> object:
-        def keep(code: native.Compiled, memory: Memory, batch: int, factor: float) -> None:
+    def spied(call: pck.call.Call, execute: Execute) -> object:
+        def keep(code: Compiled, memory: Packed, batch: int, factor: float) -> None:
             found.append((code, memory))
             execute(code, memory, batch, factor)
 
@@ -56,7 +58,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     code, memory = smallest()
-    weights, (inputs, out), number = list(memory.weights), memory.split(code), ops.number_of(code)
+    weights, inputs, out, number = [each.detach() for each in memory.weights], list(memory.inputs), memory.written, ops.number_of(code)
     x, w, v = torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1)
     direct = median(lambda: engine.execute(code, memory, 1, -1.0), repeats)
     through = median(lambda: torch.ops.pckernels.relax.out(weights, inputs, number, 1, -1.0, out=out), repeats)

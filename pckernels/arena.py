@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from pckernels.instructions import ABSENT, Instruction, Op, Phase
+from pckernels.instructions import ABSENT, Instruction, Op, Phase, is_rowwise
 
 ALIGNMENT = 16  # rows: a kernel may read and write whole vectors of rows, up to the next multiple
 
@@ -67,6 +67,11 @@ class Draft:
         return [array for array in (self.out, extra) if array is not None]
 
     @property
+    def is_rowwise(self) -> bool:
+        """It treats each of n rows by itself, in arrays of n rows."""
+        return is_rowwise(self.op, self.p)
+
+    @property
     def arrays(self) -> list[Array]:
         return [*self.reads, *self.writes]
 
@@ -124,6 +129,20 @@ def _placed(draft: Draft, places: dict[Array, int]) -> Instruction:
 # Lifetimes
 
 
+def _give_all(free: _FreeRows, resting: list[tuple[int, int, int]]) -> None:
+    for start, rows, _ in resting:
+        free.give(start, rows)
+    resting.clear()
+
+
+def _touched_by_rows(sections: Sequence[Section]) -> set[Array]:
+    """Arrays, on their own, which rowwise drafts alone touch."""
+    drafts = [draft for section in sections for draft in section.drafts]
+    others = {array for draft in drafts if not draft.is_rowwise for array in draft.roots}
+    parts = {array.root for draft in drafts for array in draft.arrays if array.whole is not None or array.parts}
+    return {array for draft in drafts for array in draft.roots} - others - parts
+
+
 def _clear_what_is_read_early(sections: Sequence[Section]) -> None:
     """Arrays that someone may read before the light cone lets their writer run start at zero."""
     written: dict[Array, float] = {}
@@ -140,16 +159,32 @@ def _clear_what_is_read_early(sections: Sequence[Section]) -> None:
 
 
 def _places(sections: Sequence[Section]) -> tuple[dict[Array, int], int]:
-    """Rows for every array: first fit, in the order in which they are born."""
-    lives = _lives(sections)
+    """Rows for every array: first fit, in the order in which they are born.
+
+    Rows change hands only across a barrier that is there anyway; or among arrays of the same n which rowwise drafts alone
+    touch, since these need none.
+    """
+    lives, intervals, rowwise = _lives(sections), _intervals(sections), _touched_by_rows(sections)
     free = _FreeRows()
     places: dict[Array, int] = {}
-    dying: list[tuple[int, int, int]] = []  # death, start, rows
+    dying: list[tuple[int, int, int, int]] = []  # death, start, rows, kind
+    resting: list[tuple[int, int, int]] = []  # start, rows, kind: of arrays that died since the last barrier
+    now = 0
     for array, (birth, death) in sorted(lives.items(), key=lambda item: item[1][0]):
+        if intervals[birth] > now:
+            now = intervals[birth]
+            _give_all(free, resting)
         while dying and dying[0][0] < birth:
-            free.give(*heapq.heappop(dying)[1:])
-        places[array] = free.take(_aligned(array.n))
-        heapq.heappush(dying, (death, places[array], _aligned(array.n)))
+            died, *rows = heapq.heappop(dying)
+            resting.append((rows[0], rows[1], rows[2]))
+            if intervals[died] < now:
+                free.give(*resting.pop()[:2])
+        kind = array.n if array in rowwise else ABSENT
+        again = next((rows for rows in resting if rows[2] == kind != ABSENT), None)
+        if again is not None:
+            resting.remove(again)
+        places[array] = free.take(_aligned(array.n)) if again is None else again[0]
+        heapq.heappush(dying, (death, places[array], _aligned(array.n), kind))
     return places, free.rows
 
 
@@ -163,10 +198,10 @@ def _lives(sections: Sequence[Section]) -> dict[Array, tuple[int, int]]:
     moment = 0
     for section in sections:
         start, end = moment, moment + len(section.drafts) - 1
-        carried = _carried(section) if section.repeats else set()
+        throughout = _carried(section) | set(lives) if section.repeats else set()
         for draft in section.drafts:
             for array in draft.roots:
-                own = (start, end) if array in carried or (section.repeats and array in lives) else (moment, moment)
+                own = (start, end) if array in throughout else (moment, moment)
                 before = lives.get(array, own)
                 lives[array] = (min(before[0], own[0]), max(before[1], own[1]))
             moment += 1
@@ -174,13 +209,13 @@ def _lives(sections: Sequence[Section]) -> dict[Array, tuple[int, int]]:
 
 
 def _carried(section: Section) -> set[Array]:
-    """Arrays whose first use in a turn reads them, or may be left out by the light cone."""
-    seen: set[Array] = set()
+    """Arrays that a turn may read before it writes them: by their order, or since the light cone lets a reader run before any writer."""
+    written: dict[Array, float] = {}  # the step from which on an earlier instruction of the turn writes the array
     carried: set[Array] = set()
     for draft in section.drafts:
-        carried.update(array.root for array in atoms(draft.reads) if array not in seen)
-        carried.update(array.root for array in draft.writes if draft.first > section.first)
-        seen.update(atoms(draft.arrays))
+        carried.update(array.root for array in atoms(draft.reads) if written.get(array, math.inf) > max(draft.first, section.first))
+        for array in atoms(draft.writes):
+            written[array] = min(written.get(array, math.inf), draft.first)
     return carried
 
 
@@ -230,35 +265,58 @@ class _FreeRows:
 # Barriers
 
 
+class _Touched:
+    """Places that have been touched since the last barrier, by which share of them: equal shares give a place to the same thread."""
+
+    def __init__(self) -> None:
+        self.written: dict[Hashable, object] = {}
+        self.read: dict[Hashable, object] = {}
+
+    def meets(self, reads: Sequence[tuple[Hashable, object]], writes: Sequence[tuple[Hashable, object]]) -> bool:
+        """Whether another thread may have written one of these, or have read what is now written."""
+        return any(self.written.get(place, share) != share for place, share in (*reads, *writes)) or any(
+            self.read.get(place, share) != share for place, share in writes
+        )
+
+    def add(self, reads: Sequence[tuple[Hashable, object]], writes: Sequence[tuple[Hashable, object]]) -> None:
+        for place, share in reads:
+            self.read[place] = share if self.read.get(place, share) == share else object()
+        self.written.update(writes)
+
+
+def _intervals(sections: Sequence[Section]) -> list[int]:
+    """How many barriers there are up to each moment, if no two arrays shared rows."""
+    found: list[int] = []
+    for section in sections:
+        touched = _Touched()
+        for k, draft in enumerate(section.drafts):
+            share = draft.n if draft.is_rowwise else object()
+            reads, writes = ([(array, share) for array in atoms(arrays)] for arrays in (draft.reads, draft.writes))
+            meets = k == 0 or touched.meets(reads, writes)
+            touched = _Touched() if meets else touched
+            touched.add(reads, writes)
+            found.append((found[-1] if found else 0) + meets)
+    return found
+
+
 def _with_barriers(section: Section, placed: Sequence[Instruction], places: dict[Array, int]) -> list[Instruction]:
-    """A barrier before each instruction that touches rows which another has written, or writes rows which another has read,
-    since the last barrier. A section begins with one: nobody knows what went before."""
+    """A barrier before each instruction that touches rows which another thread may have written, or writes rows which another may have
+    read, since the last barrier. A section begins with one: nobody knows what went before."""
     result: list[Instruction] = []
-    reads, writes = _Ranges(), _Ranges()
+    touched = _Touched()
     for draft, instruction in zip(section.drafts, placed, strict=True):
-        own_reads, own_writes = _ranges(draft.reads, places), _ranges(draft.writes, places)
-        meets = not result or writes.meet(own_reads) or writes.meet(own_writes) or reads.meet(own_writes)
-        if meets:
-            reads, writes = _Ranges(), _Ranges()
-        reads.add(own_reads)
-        writes.add(own_writes)
+        token = None if draft.is_rowwise else object()
+        reads, writes = (list(_blocks(arrays, places, token)) for arrays in (draft.reads, draft.writes))
+        meets = not result or touched.meets(reads, writes)
+        touched = _Touched() if meets else touched
+        touched.add(reads, writes)
         result.append(replace(instruction, barrier=meets))
     return result
 
 
-def _ranges(arrays: Iterable[Array], places: dict[Array, int]) -> list[tuple[int, int]]:
-    starts = [(places[array.root] + array.start, array.n) for array in arrays]
-    return [(start, start + max(n, 1)) for start, n in starts]
-
-
-class _Ranges:
-    """Rows that have been touched since the last barrier."""
-
-    def __init__(self) -> None:
-        self.ranges: list[tuple[int, int]] = []
-
-    def meet(self, others: Sequence[tuple[int, int]]) -> bool:
-        return any(start < b and a < end for start, end in self.ranges for a, b in others)
-
-    def add(self, others: Sequence[tuple[int, int]]) -> None:
-        self.ranges += others
+def _blocks(arrays: Iterable[Array], places: dict[Array, int], token: object | None) -> Iterator[tuple[int, object]]:
+    """Arrays cut at multiples of ALIGNMENT, where all begin, each with the share that goes with it: `token`, or the array's rows."""
+    for array in arrays:
+        start = places[array.root] + array.start
+        for block in range(start // ALIGNMENT, -(-(start + max(array.n, 1)) // ALIGNMENT)):
+            yield block, (start, array.n) if token is None else token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -45,11 +44,40 @@ class Compiled:
     dynamics: Dynamics | None = None
 
     @cached_property
-    def io_order(self) -> list[int]:
-        """Where each io slot stands among what the code reads, followed by what it writes."""
-        sources = sum(not place.is_result for place in self.io)
-        read, written = itertools.count(), itertools.count(sources)
-        return [next(written if place.is_result else read) for place in self.io]
+    def places(self) -> list[tuple[str, int]]:
+        """Where each io slot lies: ("input", which of the inputs), or ("kept" or "scratch", first number of one sample there)."""
+        counts = {"input": 0, "kept": 0, "scratch": 0}
+        found = []
+        for place in self.io:
+            where = "kept" if place.is_kept else "scratch" if place.is_result else "input"
+            found.append((where, counts[where]))
+            counts[where] += place.n if place.is_result else 1
+        return found
+
+    @cached_property
+    def inputs(self) -> list[Place]:
+        """The io slots that the code reads, in order."""
+        return [place for place in self.io if not place.is_result]
+
+    @cached_property
+    def kept_size(self) -> int:
+        """Numbers of one sample that the outcome needs: losses, values, errors."""
+        return sum(place.n for place in self.io if place.is_kept)
+
+    @cached_property
+    def scratch_size(self) -> int:
+        """Numbers of one sample that the run alone needs."""
+        return sum(place.n for place in self.io if place.is_result and not place.is_kept)
+
+    @cached_property
+    def slots(self) -> dict[tuple[str, str], int]:
+        """(kind, name) of a place -> its io slot."""
+        return {(place.kind, place.name): slot for slot, place in enumerate(self.io)}
+
+    @cached_property
+    def gram_width(self) -> int:
+        """Of the widest product W W^T; 0 without one."""
+        return max((info.outputs for info in self.weights if info.gram), default=0)
 
     @cached_property
     def gradient_sizes(self) -> list[int]:
@@ -222,8 +250,8 @@ class _Values:
             emitter.first = self.moves[node.name]
             state, error, fed = emitter.displacements[node.name], emitter.errors[node.name], sinks[node.prediction]
             if node.name in self.grams:
-                gram = self.grams[node.name]
-                state, error, fed = gram.state, gram.state, gram.feedback
+                state = error = self.grams[node.name].state
+                fed = emitter.fed[node.name]
                 written.add(fed)
             emitter.emit(
                 Draft(Op.MOVE, state, error, fed if fed in written else None, self.velocities.get(node.name), n=state.n, f=factors)

@@ -1,6 +1,6 @@
 """The prediction of each vertex as a function cut out of the captured graph, and the graph of vertices that results."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,7 +187,8 @@ class _Cutter:
                 (body if group == "body" else reads).append(found)
             body.sort(key=self.order.__getitem__)
             names = tuple(self._derive(source) for source in reads)
-            self.derived[node] = Derived(self._key(node), self._kind(node), _compiled(body, reads, node), names)
+            of_shapes = _reads_shapes_alone(body, set(reads))
+            self.derived[node] = Derived(self._key(node), self._kind(node), _compiled(body, reads, node), names, of_shapes)
         return self._key(node)
 
     def _kind(self, node: fx.Node) -> str:
@@ -201,6 +202,17 @@ class _Cutter:
 
     def _group_in_constant(self, node: fx.Node) -> str:
         return "read" if node in self.ends or node.op == "placeholder" or node in self.facts.held else "body"
+
+
+_OF_SHAPES = {
+    getattr(torch.ops.aten, name)
+    for name in ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "sym_size")
+}
+
+
+def _reads_shapes_alone(body: Sequence[fx.Node], reads: Set[fx.Node]) -> bool:
+    """Whether all that looks at what the body reads are operations that look at shapes: the zeros that a recurrent layer starts from."""
+    return all(getattr(node.target, "overloadpacket", None) in _OF_SHAPES for node in body if reads & set(node.all_input_nodes))
 
 
 def _input_names(inputs: Sequence[fx.Node | None], argument_names: Sequence[str], taken: set[str]) -> dict[fx.Node, str]:

@@ -60,12 +60,12 @@ class _Giver(nn.Module):
 
 
 class _Give(torch.autograd.Function):
-    """Of any parameters, the scalar 0; its gradients are the given ones."""
+    """Of any parameters, some scalar; its gradients are the given ones."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return parameters[0].new_zeros(())
+        return parameters[0].new_empty(())  # only its gradient is ever asked for, and backward does not look at it
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:

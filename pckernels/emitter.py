@@ -10,6 +10,7 @@ from pckernels.arena import Array, Draft, Section, assemble
 from pckernels.errors import Unsupported
 from pckernels.instructions import ABSENT, Code, Loss, Op, OuterProduct
 from pckernels.merging import merge_products
+from pckernels.ordering import order_loops
 from pckernels.program import PRODUCTS, Kind, Node, Program, Stage
 from pckernels.stages import Operands
 
@@ -30,6 +31,11 @@ class Place:
     def is_result(self) -> bool:
         return self.kind not in ("input", "external", "target")
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the run's outcome needs it."""
+        return self.kind in ("losses", "value", "error")
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -45,14 +51,13 @@ class Gram:
 
     Attributes:
         node: whose displacement it is; `child` and `place`: the product that reads it.
-        state: h; `feedback`: the error at the product's output, which is the feedback into h; slot: of W W^T.
+        state: h, into which the error at the product's output is the feedback; slot: of W W^T.
     """
 
     node: Node
     child: Node
     place: int
     state: Array
-    feedback: Array
     slot: int
 
     @property
@@ -66,6 +71,7 @@ class Emitter:
     Attributes:
         live: whether values move, so that predictions and Jacobians follow; otherwise all stays at the feed-forward pass.
         errors, displacements: of each node; an output has no displacement.
+        fed: of each node in the Gram form, the feedback into its state.
     """
 
     def __init__(self, program: Program, objectives: Mapping[str, Objective], learning: frozenset[str], live: bool):
@@ -86,6 +92,7 @@ class Emitter:
         self._targets: dict[str, Array] = {}
         self.weights = list(program.weights)
         self.grams: dict[tuple[str, int], Gram] = {}
+        self.fed: dict[str, Array] = {}
         self.displacements = {node.name: self.array(node.prediction, "displacement") for node in self.hidden if live}
         self.moved = {node.name: self.array(node.prediction, "change") for node in program.nodes if live}
         self.moving = self._moving_buffers() if live else set()
@@ -138,6 +145,7 @@ class Emitter:
     def finished(self, steps: int) -> Code:
         self._check_gradients()
         merge_products(self.sections)
+        order_loops(self.sections)
         phases, rows = assemble(self.sections)
         counts = {"weights": len(self.weights), "io": len(self.io), "gradients": len(self.gradients)}
         return Code(phases, rows, steps=steps, energies=len(self.energy_slots), products=tuple(self.products), **counts)
@@ -257,10 +265,10 @@ class Emitter:
         alone = sum(other.output == stage.output for other in child.stages) == 1
         if stage.kind is not Kind.LINEAR or not alone or stage.p[2] >= 2 * stage.p[1]:
             return None
-        state, feedback = (self.array(stage.output, f"{what} of {node.name}") for what in ("state", "feedback"))
+        state = self.array(stage.output, f"state of {node.name}")
         info = self.program.weights[stage.weight]
         self.weights.append(replace(info, inputs=info.outputs, gram=True))
-        return self.grams.setdefault((child.name, place), Gram(node, child, place, state, feedback, len(self.weights) - 1))
+        return self.grams.setdefault((child.name, place), Gram(node, child, place, state, len(self.weights) - 1))
 
     def unfold(self, gram: Gram) -> None:
         """d = W^T h, which is the node's error as well."""
@@ -284,7 +292,7 @@ class Emitter:
                 continue
             gram = self.grams.get((node.name, k))
             if gram is not None and stage.inputs[0] in sinks:
-                self.emit(Draft(Op.ADD, gram.feedback, grads[stage.output], n=gram.feedback.n, f=(1.0, 0.0)))
+                self.fed[gram.node.name] = grads[stage.output]
                 continue
             arrays = self.operands(node, k, stage)
             if learn and self._learns(stage):
@@ -292,6 +300,9 @@ class Emitter:
             for which, buffer in enumerate(stage.inputs):
                 target = sinks.get(buffer)
                 if target is None and buffer in useful and buffer not in self._node_of:
+                    if stages.passes_on(stage, which) and sum(other.inputs.count(buffer) for other in node.stages) == 1:
+                        grads[buffer] = grads[stage.output]
+                        continue
                     target = grads.setdefault(buffer, self.array(buffer, "feedback"))
                 if target is not None:
                     self._send(stages.feedback(stage, arrays, which, grads[stage.output], target), stage, target, written)

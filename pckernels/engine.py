@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pckernels.compiler import Compiled
-from pckernels.memory import Memory
+from pckernels.memory import Packed
 
 
 @lru_cache(maxsize=1)
@@ -28,10 +28,11 @@ def extension() -> Any:
     return module
 
 
-def execute(compiled: Compiled, memory: Memory, batch: int, factor: float) -> None:
+def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
     """Run code over contiguous float32 tensors on the CPU, with as many threads as PyTorch uses."""
-    pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
-    program(compiled).run(*pointers, memory.energies.data_ptr(), batch, torch.get_num_threads(), factor)
+    weights, gradients = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.gradients))
+    threads = torch.get_num_threads()
+    program(compiled).run(weights, memory.io_addresses, gradients, memory.energies.data_ptr(), batch, threads, factor)
 
 
 @lru_cache(maxsize=256)

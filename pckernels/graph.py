@@ -76,6 +76,7 @@ class Derived:
     kind: str
     compute: Callable[..., Any] = field(repr=False)
     reads: tuple[str, ...]
+    of_shapes: bool = False  # it depends on the shapes of what it reads, not on the numbers
 
 
 class ComputationGraph:
@@ -244,7 +245,7 @@ def _spliced(schedule: Sequence[str], vertices: Sequence[Vertex]) -> list[str]:
     return [name for item in schedule for name in (item, *followers.get(item, ()))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """A graph with what ties it to its module: how a call's arguments and results map to it.
 

@@ -77,6 +77,12 @@ class Op(enum.IntEnum):
     SUM_LEARN = 26  #    (p1,) += f0 sum of a (p0, p1, p2) over p0 and p2: the bias of a convolution (p0 = 1) or of a product (p2 = 1)
 
 
+# Row by row: what happens to a row of n depends on the same row of every operand. A team shares out n rows in one way only, so that of two
+# such instructions over the same n a thread has the same rows: between them no barrier is needed for arrays that begin at the same row.
+ROWWISE = frozenset({Op.FILL, Op.ACT, Op.ACT_CHANGE, Op.ACT_GRAD, Op.ADD, Op.MUL, Op.MUL_CHANGE, Op.MUL_GRAD})
+ROWWISE |= {Op.ERROR, Op.MOVE, Op.RELAX, Op.NORM}
+
+
 class Activation(enum.IntEnum):
     """Activations and their f: what a new one needs is an entry here and in each backend's table of activations."""
 
@@ -95,14 +101,19 @@ class Loss(enum.IntEnum):
     CROSS_ENTROPY = 1
 
 
+def is_rowwise(op: Op, p: tuple[int, ...]) -> bool:
+    """Whether an operation with these parameters is one of ROWWISE, or a LOSS whose positions are rows."""
+    return op in ROWWISE or (op is Op.LOSS and p[0] == Loss.SQUARED_ERROR)
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction; see Op.
 
     Attributes:
         first: it is left out before step t = first (the light cone: what it computes is zero until then).
-        barrier: the threads of a team must meet before it, since it reads or writes what others wrote or read. Where it is left
-            out, its barrier passes to the next instruction that runs.
+        barrier: the threads of a team must meet before it, since it reads or writes what others wrote or read (others: see ROWWISE).
+            Where it is left out, its barrier passes to the next instruction that runs.
         accumulate: add to `out` in place of writing it.
     """
 

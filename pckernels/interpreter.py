@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from pckernels.instructions import ABSENT, Activation, Code, Instruction, Loss
-from pckernels.memory import Memory
+from pckernels.memory import Memory, Packed
 
 
-def execute(code: Code, memory: Memory, batch: int, factor: float = 1.0, watch: Callable[[Instruction, int], None] | None = None) -> None:
+def execute(
+    code: Code, memory: Memory | Packed, batch: int, factor: float = 1.0, watch: Callable[[Instruction, int], None] | None = None
+) -> None:
     """Run code on a batch: results go into `memory.io`, `.gradients` (times `factor`) and `.energies`.
 
     Args:
@@ -42,7 +44,7 @@ def execute(code: Code, memory: Memory, batch: int, factor: float = 1.0, watch: 
         gradient.mul_(factor)
 
 
-def _learn(code: Code, memory: Memory, batch: int) -> None:
+def _learn(code: Code, memory: Memory | Packed, batch: int) -> None:
     for product in code.products:
         g = memory.io[product.g_slot].reshape(batch * product.positions, product.outputs)
         part = memory.io[product.x_slot].reshape(batch, product.x_stride)[:, product.x_offset :][:, : product.positions * product.inputs]
@@ -56,7 +58,7 @@ def _learn(code: Code, memory: Memory, batch: int) -> None:
 class Machine:
     """The arena, (rows, B), and what each operation does to it."""
 
-    def __init__(self, code: Code, memory: Memory, batch: int):
+    def __init__(self, code: Code, memory: Memory | Packed, batch: int):
         self.memory, self.batch = memory, batch
         self.dtype = next((tensor.dtype for tensor in memory.io if tensor.is_floating_point()), torch.float32)
         self.arena = torch.full((code.rows, batch), float("nan"), dtype=self.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -12,21 +13,60 @@ from pckernels.compiler import Compiled
 
 @dataclass
 class Memory:
-    """The tensors of one run, in the order of the code's slots: see instructions.py."""
+    """The tensors of one run, one for each of the code's slots: see instructions.py."""
 
     weights: Sequence[Tensor]
     io: Sequence[Tensor]
     gradients: Sequence[Tensor]
     energies: Tensor
 
-    def split(self, code: Compiled) -> tuple[list[Tensor], list[Tensor]]:
-        """What the code reads beside the weights, and what it writes: results, gradients, energies."""
-        read = [tensor for place, tensor in zip(code.io, self.io, strict=True) if not place.is_result]
-        written = [tensor for place, tensor in zip(code.io, self.io, strict=True) if place.is_result]
-        return read, [*written, *self.gradients, self.energies]
+
+@dataclass
+class Packed:
+    """Memory of a run of compiled code as `relax` takes it: all results that somebody may ask for in one tensor, those that
+    only the run itself needs in another. Few tensors make a call cheap; a view of a slot is made when it is wanted.
+
+    Attributes:
+        inputs: what the code reads beside the weights, in the order of its io slots.
+        kept, scratch: of `batch * code.kept_size` and `batch * code.scratch_size` elements; see Compiled.places.
+    """
+
+    code: Compiled
+    batch: int
+    weights: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    kept: Tensor
+    scratch: Tensor
+    gradients: Sequence[Tensor]
+    energies: Tensor
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What `relax` returns."""
+        return [self.kept, self.scratch, *self.gradients, self.energies]
 
     @staticmethod
-    def joined(code: Compiled, weights: Sequence[Tensor], read: Sequence[Tensor], written: Sequence[Tensor]) -> Memory:
-        """The opposite of `split`."""
-        both = [*read, *written]
-        return Memory(weights, [both[k] for k in code.io_order], both[len(code.io) : -1], both[-1])
+    def of(code: Compiled, batch: int, weights: Sequence[Tensor], inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Packed:
+        """From what `relax` is given and returns."""
+        kept, scratch, *gradients, energies = written
+        return Packed(code, batch, weights, inputs, kept, scratch, gradients, energies)
+
+    @cached_property
+    def io(self) -> list[Tensor]:
+        """A flat tensor for each slot."""
+        return [self.slot(slot) for slot in range(len(self.code.io))]
+
+    def slot(self, slot: int) -> Tensor:
+        where, start = self.code.places[slot]
+        if where == "input":
+            return self.inputs[start]
+        part = self.kept if where == "kept" else self.scratch
+        return part.narrow(0, self.batch * start, self.batch * self.code.io[slot].n)
+
+    @property
+    def io_addresses(self) -> list[int]:
+        """Of each slot, without a view of it."""
+        row = self.batch * self.kept.element_size()
+        bases = {"kept": self.kept.data_ptr(), "scratch": self.scratch.data_ptr()}
+        places = self.code.places
+        return [self.inputs[start].data_ptr() if where == "input" else bases[where] + row * start for where, start in places]

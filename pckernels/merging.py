@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pckernels.arena import ALIGNMENT, Array, Draft, Section, atoms
+from pckernels.arena import ALIGNMENT, Array, Draft, Section
 from pckernels.instructions import ABSENT, Op
+from pckernels.ordering import dependences
 
 
 def merge_products(sections: Sequence[Section]) -> None:
@@ -95,7 +96,7 @@ def _order(drafts: Sequence[Draft], members: Sequence[Draft]) -> list[Draft] | N
     first = number[id(members[0])]
     stand_in = {number[id(draft)]: first for draft in members}
     waits: list[set[int]] = [set() for _ in drafts]
-    for k, before in enumerate(_dependences(drafts)):
+    for k, before in enumerate(dependences(drafts)):
         waits[stand_in.get(k, k)].update(stand_in.get(j, j) for j in before)
     waits[first].discard(first)
     order = _sorted([k for k in range(len(drafts)) if stand_in.get(k, k) == k], waits)
@@ -118,20 +119,3 @@ def _sorted(numbers: Sequence[int], waits: Sequence[set[int]]) -> list[int] | No
             if not left[k]:
                 heapq.heappush(ready, k)
     return order if len(order) == len(numbers) else None
-
-
-def _dependences(drafts: Sequence[Draft]) -> list[set[int]]:
-    """For each draft, the earlier ones that it must come after: it reads what they wrote, or writes what they read or wrote."""
-    found: list[set[int]] = []
-    writer: dict[Array, int] = {}
-    readers: dict[Array, list[int]] = defaultdict(list)
-    for k, draft in enumerate(drafts):
-        reads, writes = atoms(draft.reads), atoms(draft.writes)
-        before = {writer[array] for array in (*reads, *writes) if array in writer}
-        before.update(j for array in writes for j in readers[array])
-        found.append(before - {k})
-        for array in reads:
-            readers[array].append(k)
-        for array in writes:
-            writer[array], readers[array] = k, []
-    return found

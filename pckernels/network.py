@@ -81,6 +81,7 @@ class PCNetwork(nn.Module):
         self.value_nodes = value_nodes if isinstance(value_nodes, str) else tuple(value_nodes)
         self.batch_dim, self.backend, self.check = batch_dim, backend, check
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
+        self._latest: tuple[Any, Trace] | None = None
 
     def _adopt(self, module: nn.Module) -> None:
         # Sharing the registries gives this network the module's own parameters and state_dict keys, without a prefix.
@@ -161,7 +162,7 @@ class PCNetwork(nn.Module):
         return self._traces[next(reversed(self._traces))].graph
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_traces": OrderedDict()}
+        return {**self.__dict__, "_traces": OrderedDict(), "_latest": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PCNetwork:
         clone = self.__class__.__new__(self.__class__)
@@ -172,6 +173,8 @@ class PCNetwork(nn.Module):
     def _trace(self, arguments: Arguments) -> Trace:
         module = _unwrapped(self.module)
         key = (arguments.key, module_key(module), self.rule.exact)
+        if self._latest is not None and self._latest[0] == key:  # to compare is cheaper than to hash
+            return self._latest[1]
         found = self._traces.get(key) or self._traces.get((key, arguments.size))
         if found is None:
             check_inputs(module, arguments)
@@ -182,6 +185,7 @@ class PCNetwork(nn.Module):
             if len(self._traces) > _TRACES:
                 self._traces.popitem(last=False)
         self._traces.move_to_end(key if found.batched else (key, arguments.size))
+        self._latest = (key, found) if found.batched else None
         return found
 
     def _run(

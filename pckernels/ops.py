@@ -5,8 +5,9 @@ an error that says so, never a silent zero. All run under torch.compile(fullgrap
 
     relax(Tensor[] weights, Tensor[] inputs, int code, int batch, float factor) -> Tensor[]
         All steps of one inference in one call. `code`: a number from `number_of`; inputs: one tensor for each io slot that the
-        code reads; the result: one for each slot that it writes, then one for each gradient, then the energies (steps + 1, slots)
-        in float64, whose finiteness is the flag that something diverged.
+        code reads. The result, few tensors for the sake of the call's cost (pckernels.memory.Packed takes it apart): all losses,
+        values and errors in one; what only the weight updates needed in another; one for each gradient; and the energies
+        (steps + 1, slots) in float64, whose finiteness is the flag that something diverged.
     predict_error(Tensor x, Tensor weight, Tensor? bias, Tensor value, str activation) -> (Tensor prediction, Tensor error)
         x (B, D_in), weight (D_out, D_in): mu = f(x W^T + b), eps = v - mu.
     value_update(Tensor value, Tensor error, Tensor feedback, Tensor velocity, float rate, float momentum, float precision)
@@ -31,7 +32,7 @@ from pckernels import engine
 from pckernels.compiler import Compiled
 from pckernels.instructions import Activation
 from pckernels.interpreter import activate
-from pckernels.memory import Memory
+from pckernels.memory import Packed
 
 LIBRARY = Library("pckernels", "FRAGMENT")
 ACTIVATIONS = {
@@ -65,17 +66,11 @@ def code_of(number: int) -> Compiled:
     return code
 
 
-def results(code: Compiled) -> list[int]:
-    """The io slots that a code writes."""
-    return [slot for slot, place in enumerate(code.io) if place.is_result]
-
-
 def _new_results(weights: Sequence[Tensor], inputs: Sequence[Tensor], number: int, batch: int) -> list[Tensor]:
     """Tensors for everything that `relax` writes."""
     code, like = code_of(number), (*weights, *inputs)[0]
-    written = [like.new_empty(batch * code.io[slot].n) for slot in results(code)]
-    gradients = [like.new_empty(size) for size in code.gradient_sizes]
-    return [*written, *gradients, like.new_empty(code.code.steps + 1, code.code.energies, dtype=torch.float64)]
+    sizes = [batch * code.kept_size, batch * code.scratch_size, *code.gradient_sizes]
+    return [*(like.new_empty(size) for size in sizes), like.new_empty(code.code.steps + 1, code.code.energies, dtype=torch.float64)]
 
 
 def _relax(weights: list[Tensor], inputs: list[Tensor], code: int, batch: int, factor: float) -> list[Tensor]:
@@ -86,7 +81,7 @@ def _relax(weights: list[Tensor], inputs: list[Tensor], code: int, batch: int, f
 
 def _relax_on_cpu(weights: list[Tensor], inputs: list[Tensor], code: int, batch: int, factor: float, *, out: list[Tensor]) -> None:
     found = code_of(code)
-    engine.execute(found, Memory.joined(found, weights, inputs, out), batch, factor)
+    engine.execute(found, Packed.of(found, batch, weights, inputs, out), batch, factor)
 
 
 def _predict_error(x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,13 @@ def _copy(stage: Stage, out: Array | None, a: Array | None) -> Draft:
     return Draft(Op.COPY, out, a, p=(blocks, run, out_stride, stride), f=stage.f, out_at=out_at, a_at=at)
 
 
+def passes_on(stage: Stage, which: int) -> bool:
+    """Whether the feedback into inputs[which] is the error at the output, as it is."""
+    return (stage.kind is Kind.ADD and stage.f[which] == 1.0) or (
+        stage.kind is Kind.ACTIVATION and stage.p[0] == Activation.AFFINE and stage.f[0] == 1.0
+    )
+
+
 def covers(stage: Stage, size: int) -> bool:
     """Whether the feedback of a stage writes all `size` elements of its input."""
     return stage.kind is not Kind.COPY or stage.p[0] * stage.p[1] == size

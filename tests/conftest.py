@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,7 +32,20 @@ def float64() -> object:
     torch.set_default_dtype(before)
 
 
+SHOWN = "shown"
+
+
+@pytest.fixture
+def show(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Puts a text into the summary of the run, from whichever process runs the test."""
+    return lambda text: request.node.user_properties.append((SHOWN, text))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
+        for name, text in getattr(report, "user_properties", []):
+            if name == SHOWN and report.when == "call":
+                terminalreporter.write_line(f"\n{text}")
     skipped = Counter(reason(report) for report in terminalreporter.stats.get("skipped", []))
     terminalreporter.write_line(f"{sum(skipped.values())} skipped")
     for text, count in sorted(skipped.items()):

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pckernels as pck
-from pckernels.backends import native
+from pckernels.backends import binding
 
 UNIT = 2.0**-24
 STEPS = [0, 1, 2, 8, 64]
@@ -35,10 +34,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing unwritten can pass."""
 
-    def new(self: Any, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype or self.dtype)
+    def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
-    monkeypatch.setattr(native._Run, "_new", new)
+    monkeypatch.setattr(binding, "allocate", poison)
 
 
 # Models

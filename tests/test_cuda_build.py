@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,8 @@ import pytest
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 
-pytestmark = pytest.mark.timeout(900)  # nvcc, on a busy machine
+# nvcc, on a busy machine; once.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("nvcc")]
 
 
 def load() -> ModuleType:
@@ -35,10 +37,9 @@ def compiled() -> Compiled:
     return resources.compile_all()
 
 
-def test_every_kernel_is_within_its_budget(compiled: Compiled, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kernel_is_within_its_budget(compiled: Compiled, show: Callable[[str], None]) -> None:
     found, _ = compiled
-    with capsys.disabled():
-        print(f"\n{resources.table(found)}")
+    show(resources.table(found))
     assert resources.complaints(found, json.loads(resources.BUDGET.read_text(encoding="utf-8"))) == []
     assert len(found) == len(resources.ARCHITECTURES) * (len(list(CUDA.glob("*.cu"))) - 1)  # all but the launcher
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import pckernels as pck
 from pckernels import dispatch, ops
-from pckernels.backends import cuda, native
+from pckernels.backends import binding, cuda
 from pckernels.instructions import Instruction, Loss, Op, OuterProduct
 from pckernels.memory import Memory
 from pckernels.planner import LANES, SUM_BYTES, Choice, Limits
 
-pytestmark = pytest.mark.timeout(900)  # the first of them compiles the emulator
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("emulator")]  # the first of them compiles it
 
 LIMITS = Limits.of(90, 4)
 # Largest error against float64, relative to the largest entry, for each operand: what rounding both operands of 100 products allows.
@@ -187,13 +187,13 @@ def backend(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
         program.run(*pointers, memory.energies.data_ptr(), batch, factor=factor)
 
-    def new(self: Any, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype or self.dtype)
+    def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "execute", launch)
     monkeypatch.setattr(cuda, "limits", lambda device: LIMITS)
-    monkeypatch.setattr(native._Run, "_new", new)
+    monkeypatch.setattr(binding, "allocate", poison)
     emulated = dispatch.Backend(dispatch.Support(True, "emulated"), cuda.refusal, lambda call: cuda.run(call))
     monkeypatch.setitem(dispatch._BACKENDS, "cuda", emulated)
     yield "cuda"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pckernels as pck
-from pckernels.backends import cuda, native
+from pckernels.backends import binding, cuda
 from pckernels.planner import LANES
 
 SUPPORT = pck.backends()["cuda"]
@@ -34,10 +34,10 @@ NAMES = [f"{type(rule).__name__}{k}" for k, rule in enumerate(RULES)]
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing unwritten can pass."""
 
-    def new(self: Any, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype or self.dtype)
+    def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
-    monkeypatch.setattr(native._Run, "_new", new)
+    monkeypatch.setattr(binding, "allocate", poison)
 
 
 @lru_cache

@@ -29,7 +29,7 @@ HOST_SOURCES = [f"host/{name}.cpp" for name in ("isa", "analysis", "check", "run
 RACE = 66  # the exit status of a program in which ThreadSanitizer found a race
 
 # Compilers take their time on a busy machine.
-pytestmark = [pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"), pytest.mark.timeout(900), pytest.mark.xdist_group("g++")]
 
 
 def build(folder: Path, name: str, sources: list[str], *flags: str) -> Path:

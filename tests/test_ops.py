@@ -10,7 +10,7 @@ import pckernels as pck
 from pckernels import ops
 from pckernels.backends import host
 from pckernels.compiler import Compiled
-from pckernels.memory import Memory
+from pckernels.memory import Packed
 
 OPS = torch.ops.pckernels
 
@@ -22,8 +22,8 @@ def relaxation() -> tuple[Compiled, list[Tensor], list[Tensor], int]:
         pytest.skip(f"host: {pck.backends()['host'].reason}")
     seen: list[tuple[Compiled, list[Tensor], list[Tensor], int]] = []
 
-    def spied(code: Compiled, memory: Memory, batch: int, factor: float) -> None:
-        seen.append((code, list(memory.weights), memory.split(code)[0], batch))
+    def spied(code: Compiled, memory: Packed, batch: int, factor: float) -> None:
+        seen.append((code, [weight.detach() for weight in memory.weights], list(memory.inputs), batch))
         run(code, memory, batch, factor)
 
     run = host.execute

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels import dispatch
-from pckernels.backends import native
+from pckernels.backends import native, selection
 from pckernels.compiler import Compiled
 from pckernels.instructions import Code, Op
 from pckernels.network import PCNetwork
@@ -74,10 +75,10 @@ def code(model: str, rule: str) -> Code:
 
 def host_that(execute: Any) -> dispatch.Backend:
     support = dispatch.Support(True, "for its code alone")
-    return dispatch.Backend(support, lambda call: native.refusal(call), lambda call: native.run(call, execute))
+    return dispatch.Backend(support, lambda call: selection.refusal(call), lambda call: native.run(call, execute))
 
 
-def test_the_table_of_plans(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_plans(show: Callable[[str], None]) -> None:
     """Every plan fits, by its own arithmetic; every model that does not is refused in words."""
     for architecture in (80, 89, 90):
         limits = Limits.of(architecture)
@@ -89,8 +90,7 @@ def test_the_table_of_plans(capsys: pytest.CaptureFixture[str]) -> None:
                     rows.append((f"{model}, {rule}", batch, found))
                     if isinstance(found, Plan):
                         check(found, code(model, rule), batch, limits)
-        with capsys.disabled():
-            print(f"\nsm_{architecture}, {limits.shared_bytes // KIB} KiB a block\n{table(rows)}")
+        show(f"sm_{architecture}, {limits.shared_bytes // KIB} KiB a block\n{table(rows)}")
 
 
 def check(found: Plan, code: Code, batch: int, limits: Limits) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels import dispatch, models
-from pckernels.backends import native, reference
+from pckernels.backends import native, reference, selection
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled, compile_steps
 from pckernels.emitter import Objective
@@ -58,7 +58,7 @@ class Interpreted:
     def choose(self, name: str, call: Call) -> tuple[str, Callable[[Call], Outcome], str]:
         if name == "reference":
             return name, reference.run, ""
-        why = native.refusal(call)
+        why = selection.refusal(call)
         if why is not None:
             raise pck.Unsupported(why)
         self.runs += 1
@@ -333,7 +333,7 @@ def test_the_gram_form_needs_one_product_in_place_of_two() -> None:
 def test_the_gram_form_computes_the_same(rule: pck.Strict, monkeypatch: pytest.MonkeyPatch, interpreted: Interpreted) -> None:
     module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     for pays in (False, True):
-        monkeypatch.setattr(native, "_cheapest", lambda call, key, pays=pays: native.compiled(*key, gram=pays))
+        monkeypatch.setattr(selection, "_cheapest", lambda call, key, pays=pays: selection.compiled(*key, gram=pays))
         assert_same(pck.PCNetwork(module, rule), (torch.randn(4, 6).double(),), torch.randn(4, 3).double())
     assert interpreted.runs == 2
 
@@ -357,7 +357,7 @@ def test_all_time_steps_multiply_at_once(kind: type[nn.RNNBase], gates: int, int
     assert_same(
         pck.PCNetwork(module, pck.FixedPrediction(9, 0.3, solver="iterate")), (torch.randn(3, 5, 4).double(),), torch.randn(3, 3).double()
     )
-    compiled = native.compiled(network.graph, network.rule.dynamics, (("output", Objective(Loss.SQUARED_ERROR)),), frozenset())
+    compiled = selection.compiled(network.graph, network.rule.dynamics, (("output", Objective(Loss.SQUARED_ERROR)),), frozenset())
     assert isinstance(compiled, Compiled) and interpreted.runs == 2
     for op in (Op.LINEAR, Op.LINEAR_T):
         positions = [i.p[0] for i in compiled.code.phases[1].instructions if i.op is op and i.p[2] == 16]
@@ -378,7 +378,7 @@ def test_rows_are_used_again() -> None:
     case = models.build("cnn")
     network = pck.PCNetwork(case.module, pck.ZeroDivergence(), loss=case.loss)
     program = lower(network.trace(case.x))
-    compiled = native.compiled(network.graph, None, (), frozenset())
+    compiled = selection.compiled(network.graph, None, (), frozenset())
     assert isinstance(compiled, Compiled)
     assert compiled.code.rows < sum(buffer.size for buffer in program.buffers)
 

@@ -48,7 +48,7 @@ class CudaTeam {
     energies_ = arguments_.energies + (std::ptrdiff_t{tile_} * (arguments_.steps + 1) + t) * arguments_.slots;
   }
   __device__ void end_step() { sums_.flush(energies_); }
-  __device__ void begin_instruction() {}
+  __device__ void begin_instruction(const Instruction&) {}
   __device__ void sync() { __syncthreads(); }
   __device__ float* array(int row) const { return row == ABSENT ? nullptr : memory_.arena + row * LANES; }
 

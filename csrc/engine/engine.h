@@ -2,7 +2,7 @@
 //
 //   LANES                          numbers in a row of the arena
 //   begin_step(t), end_step()      around the instructions of one t
-//   begin_instruction()            before each
+//   begin_instruction(i)           before each
 //   sync()                         all threads of the team meet
 //   array(row)                     where a row starts; null if ABSENT
 //   for_each(n, f)                 f(at) over n rows, in parts that the threads share; at is an At<..>
@@ -13,7 +13,8 @@
 //   load, store                    between io and the arena
 //   linear, linear_t, conv, conv_t, conv_learn, sum_learn    the products
 //
-// The same part of for_each over the same n belongs to the same thread.
+// The rows of for_each and sum_each over the same n belong to the same threads: code has no barrier between row-by-row instructions that
+// depend on each other row by row.
 #pragma once
 
 #include "elementwise.h"
@@ -25,6 +26,10 @@ namespace pckernels::PCK_ISA {
 // On the host a single sample in a row has no images; a Team that has them all the same specialises this.
 template <class Team>
 constexpr bool HAS_IMAGES = Team::LANES > 1;
+
+// Whether a Team executes runs of row-by-row instructions by itself: run_rows(start, end), those of them whose `first` is reached.
+template <class Team>
+constexpr bool TAKES_RUNS = false;
 
 template <class Team>
 PCK_DEVICE void execute_spatial(Team& team, const Instruction& i) {
@@ -69,6 +74,13 @@ PCK_DEVICE void execute(Team& team, const Instruction& i) {
   if constexpr (HAS_IMAGES<Team>) execute_spatial(team, i);
 }
 
+// A run: row-by-row instructions over the same n, with no barrier in between.
+inline const Instruction* end_of_run(const Instruction* start, const Instruction* end) {
+  const Instruction* i = start + 1;
+  while (i != end && is_rowwise(*i) && i->n == start->n && !i->barrier) ++i;
+  return i;
+}
+
 // The barrier of an instruction that is left out stands for what comes after it as well: the next that runs inherits it.
 template <class Team>
 PCK_DEVICE void run_step(Team& team, const Instruction* start, const Instruction* end, int t) {
@@ -76,9 +88,17 @@ PCK_DEVICE void run_step(Team& team, const Instruction* start, const Instruction
   for (const Instruction* i = start; i != end; ++i) {
     meet |= i->barrier != 0;
     if (t < i->first) continue;
-    team.begin_instruction();
+    team.begin_instruction(*i);
     if (meet) team.sync();
     meet = false;
+    if constexpr (TAKES_RUNS<Team>) {
+      if (is_rowwise(*i)) {
+        const Instruction* stop = end_of_run(i, end);
+        team.run_rows(i, stop);
+        i = stop - 1;
+        continue;
+      }
+    }
     execute(team, *i);
   }
 }

@@ -52,6 +52,26 @@ struct Instruction {
 };
 static_assert(sizeof(Instruction) == WORDS * sizeof(std::int32_t), "an instruction is WORDS words");
 
+// Whether what happens to a row of n depends on the same row of every operand: ROWWISE of instructions.py, and LOSS of squared errors.
+constexpr bool is_rowwise(const Instruction& i) {
+  switch (i.op) {
+    case Op::FILL:
+    case Op::ACT:
+    case Op::ACT_CHANGE:
+    case Op::ACT_GRAD:
+    case Op::ADD:
+    case Op::MUL:
+    case Op::MUL_CHANGE:
+    case Op::MUL_GRAD:
+    case Op::ERROR:
+    case Op::MOVE:
+    case Op::RELAX:
+    case Op::NORM: return true;
+    case Op::LOSS: return static_cast<Loss>(i.p[0]) == Loss::SQUARED_ERROR;
+    default: return false;
+  }
+}
+
 struct Phase {
   std::int32_t count, first, last;
 };

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "tile.h"
+
 namespace pckernels {
 namespace {
 
@@ -21,6 +23,7 @@ bool spatial(Op op) {
 
 bool learns(Op op) { return op == Op::CONV_LEARN || op == Op::SUM_LEARN; }
 bool sums(Op op) { return op == Op::LOSS || op == Op::NORM; }
+std::int64_t sum_size(const Instruction& i) { return std::int64_t{GROUP} * std::max(UNIT_BLOCKS, blocks_of(i.n, GROUP)); }
 
 // Multiplications of one sample.
 double work(const Instruction& i) {
@@ -74,17 +77,20 @@ Analysis analyse(const Program& program) {
   auto i = program.instructions.begin();
   for (const Phase& phase : program.phases) {
     int sums_of_phase = 0;
+    std::int64_t sum_size_of_phase = 0;
     for (const auto end = i + phase.count; i != end; ++i) {
       const std::int64_t times = std::max(0, phase.last - std::max(phase.first, i->first) + 1);
       total += times * work(*i);
       barriers += i->barrier ? times : 0;
       sums_of_phase += sums(i->op);
+      sum_size_of_phase += sums(i->op) ? sum_size(*i) : 0;
       result.spatial |= spatial(i->op);
       result.learns |= learns(i->op);
       if (learns(i->op)) result.learned[i->slot] = true;
       if (i->op == Op::LINEAR || i->op == Op::LINEAR_T) use_weight(result.weights[i->slot], *i, times);
     }
     result.sums = std::max(result.sums, sums_of_phase);
+    result.sum_size = std::max(result.sum_size, sum_size_of_phase);
   }
   result.work_between_barriers = total / barriers;
   result.gradient_sums = gradient_sums(program);

@@ -24,6 +24,7 @@ struct Analysis {
   bool spatial;                  // convolutions or pooling
   bool learns;                   // inside the loop
   int sums;                      // LOSS and NORM instructions of a phase, at most
+  std::int64_t sum_size;         // numbers that their blocks leave for a lane group, at most
   double work_between_barriers;  // multiplications of a lane group, on average
   std::vector<WeightUse> weights;
   double weight_bytes;           // of all that products read

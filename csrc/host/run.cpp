@@ -90,10 +90,8 @@ class Runner {
     energies_size_ = std::int64_t{program_.steps + 1} * program_.energies;
     energies_ = memory_.energies.hold<double>(plan_.groups * energies_size_);
     std::fill_n(energies_, plan_.groups * energies_size_, 0.0);
-    if (rest_ > 0) {
-      partial_sums_ = memory_.partial_sums.hold<double>(rest_ * partial_size());
-      memory_.pending.resize(rest_ * analysis_.sums);
-    }
+    partial_sums_ = memory_.partial_sums.hold<double>(plan_.threads * 2 * sum_size());
+    memory_.pending.resize(plan_.threads * analysis_.sums);
     if (!analysis_.learns) return;
     learned_ = memory_.learned.hold<float>(plan_.blocks * analysis_.learn_size);
     memory_.block_gradients.resize(plan_.blocks * program_.gradients.size());
@@ -136,13 +134,13 @@ class Runner {
   }
 
   std::int64_t arena_size() const { return plan_.tile_groups * plan_.stride; }
-  std::int64_t partial_size() const { return 2 * analysis_.sums * plan_.tile_groups * CHUNKS * plan_.lanes; }
+  std::int64_t sum_size() const { return plan_.tile_groups * analysis_.sum_size; }
 
   // What thread `rank` does.
   void work(int rank) {
     pack(rank);
     if (packs_) meet();
-    for (std::int64_t block = rank * rounds_; block < (rank + 1) * rounds_; ++block) run_block(block, arena(rank), nullptr, 0, 0, 1);
+    for (std::int64_t block = rank * rounds_; block < (rank + 1) * rounds_; ++block) run_block(block, rank, nullptr, 0, 1);
     if (rest_ > 0) work_in_team(rank);
     meet();
     write_gradients(rank);
@@ -155,8 +153,6 @@ class Runner {
     if (plan_.threads > 1) meeting_->wait();
   }
 
-  float* arena(int rank) const { return arenas_ + rank * arena_size(); }
-
   std::int64_t first_of_team(std::int64_t team) const { return divide_up(team * plan_.threads, rest_); }
   int team_size(std::int64_t team) const {
     return std::min(most_in_team_, static_cast<int>(first_of_team(team + 1) - first_of_team(team)));
@@ -165,10 +161,11 @@ class Runner {
   void work_in_team(int rank) {
     const std::int64_t team = rank * rest_ / plan_.threads;
     const int leader = static_cast<int>(first_of_team(team)), size = team_size(team);
-    if (rank - leader < size) run_block(plan_.threads * rounds_ + team, arena(leader), &memory_.barriers[team], team, rank - leader, size);
+    if (rank - leader < size) run_block(plan_.threads * rounds_ + team, leader, &memory_.barriers[team], rank - leader, size);
   }
 
-  void run_block(std::int64_t block, float* arena, Barrier* barrier, std::int64_t team, int rank, int size) {
+  // By a team of `size` threads, in the memory of the thread that leads it.
+  void run_block(std::int64_t block, int leader, Barrier* barrier, int rank, int size) {
     float* const* gradients = nullptr;
     if (analysis_.learns) {
       gradients = memory_.block_gradients.data() + block * program_.gradients.size();
@@ -178,12 +175,7 @@ class Runner {
     }
     const Part tiles(plan_.tiles, block, plan_.blocks);
     for (std::int64_t k = tiles.low; k < tiles.high; ++k) {
-      Tile tile = make_tile(k, arena, gradients);
-      if (size > 1) {
-        tile.barrier = barrier;
-        tile.partial_sums = partial_sums_ + team * partial_size();
-        tile.pending = memory_.pending.data() + team * analysis_.sums;
-      }
+      const Tile tile = make_tile(k, leader, gradients, barrier);
       kernels_.run_tile(code(), tile, plan_.lanes, rank, size);
       if (size > 1) barrier->wait();
     }
@@ -191,10 +183,10 @@ class Runner {
 
   Code code() const { return {program_.phases.data(), static_cast<int>(program_.phases.size()), program_.instructions.data()}; }
 
-  Tile make_tile(std::int64_t k, float* arena, float* const* gradients) const {
+  Tile make_tile(std::int64_t k, int leader, float* const* gradients, Barrier* barrier) const {
     const std::int64_t first_group = k * plan_.tile_groups, first = first_group * plan_.lanes;
     Tile tile{};
-    tile.arena = arena;
+    tile.arena = arenas_ + leader * arena_size();
     tile.stride = plan_.stride;
     tile.groups = static_cast<int>(std::min(plan_.tile_groups, plan_.groups - first_group));
     tile.first_sample = first;
@@ -205,7 +197,10 @@ class Runner {
     tile.energies = energies_ + first_group * energies_size_;
     tile.steps = program_.steps;
     tile.slots = program_.energies;
-    tile.sums = analysis_.sums;
+    tile.partial_sums = partial_sums_ + leader * 2 * sum_size();
+    tile.sum_size = sum_size();
+    tile.pending = memory_.pending.data() + leader * analysis_.sums;
+    tile.barrier = barrier;
     return tile;
   }
 

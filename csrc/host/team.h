@@ -3,6 +3,8 @@
 
 #include "lanes.h"
 
+#include <algorithm>
+
 #include "../engine/engine.h"
 #include "products.h"
 #include "tile.h"
@@ -17,20 +19,17 @@ class HostTeam {
 
   HostTeam(const Tile& tile, int rank, int size) : tile_(tile), rank_(rank), size_(size) {}
 
-  void begin_step(int t) {
-    t_ = t;
-    pending_ = 0;
-  }
+  void begin_step(int t) { t_ = t; }
 
   // Sums of this step are complete when all have met; the next step with sums writes the other half of partial_sums.
   void end_step() {
     if (pending_ == 0) return;
     sync();
-    if (rank_ == 0) put_pending_sums();
-    parity_ ^= 1;
+    if (rank_ == 0) put_sums();
+    pending_ = 0, next_sum_ = 0, parity_ ^= 1;
   }
 
-  void begin_instruction() {}
+  void begin_instruction(const Instruction&) {}
 
   void sync() {
     if (size_ > 1) tile_.barrier->wait();
@@ -38,9 +37,28 @@ class HostTeam {
 
   float* array(int row) const { return row == ABSENT ? nullptr : tile_.arena + std::ptrdiff_t{row} * LANES; }
 
+  // Block after block, so that what an instruction leaves in the first cache the next ones find there.
+  void run_rows(const Instruction* start, const Instruction* end) {
+    const int blocks = blocks_of(start->n, LANES);
+    const Part mine = part_of(blocks);
+    for (int group = 0; group < tile_.groups; ++group) {
+      for (int k = mine.low; k < mine.high; ++k) {
+        block_ = {group, k, blocks, k == mine.low && group == 0, part(start->n, 16, k, blocks)};
+        sums_of_run_ = 0;
+        for (const Instruction* i = start; i != end; ++i) {
+          if (t_ >= i->first) execute(*this, *i);
+        }
+      }
+    }
+    int sums = 0;
+    for (const Instruction* i = start; i != end; ++i) sums += t_ >= i->first && (i->op == Op::NORM || i->op == Op::LOSS);
+    keep_sums(sums, blocks);
+  }
+
+  // Inside a run: over the rows of the block.
   template <class F>
-  void for_each(int n, F f) {
-    for_rows(part_of_rows(n), f);
+  void for_each(int, F f) {
+    for_rows_of(block_.group, block_.rows, [&](auto at, int) { f(at); });
   }
 
   template <class F>
@@ -60,19 +78,27 @@ class HostTeam {
   }
 
   template <class F>
-  void sum_each(const Instruction& i, int n, float scale, F f) {
-    sum(i, n, 16, scale, [&](int group, Part rows, double* lanes) { sum_rows(group, rows, lanes, f); });
+  void sum_each(const Instruction& i, int, float scale, F f) {
+    sum_rows(block_.group, block_.rows, sums_of(i, scale), f);
+    ++sums_of_run_;
   }
 
   template <class F>
   void sum_units(const Instruction& i, int count, float scale, F f) {
-    sum(i, count, 1, scale, [&](int group, Part units, double* lanes) {
-      Sum total;
-      for (int unit = units.low; unit < units.high; ++unit) {
-        for_lanes(group, [&](auto at, int lane) { total.add(f(at, unit), lane); });
+    const int blocks = std::clamp(count / 4, 1, UNIT_BLOCKS);
+    const Part mine = part_of(blocks);
+    sums_of_run_ = 0;
+    for (int group = 0; group < tile_.groups; ++group) {
+      for (int k = mine.low; k < mine.high; ++k) {
+        block_ = {group, k, blocks, k == mine.low && group == 0, part(count, 1, k, blocks)};
+        Sum total;
+        for (int unit = block_.rows.low; unit < block_.rows.high; ++unit) {
+          for_lanes(group, [&](auto at, int lane) { total.add(f(at, unit), lane); });
+        }
+        total.put(sums_of(i, scale));
       }
-      total.put(lanes);
-    });
+    }
+    keep_sums(1, blocks);
   }
 
   void load(const Instruction& i) {
@@ -140,6 +166,13 @@ class HostTeam {
  private:
   struct Part {
     int low, high;
+  };
+
+  // What a thread does at a time: rows (or units) of a lane group, number `number` of `count`; `first` of those that are the thread's.
+  struct Block {
+    int group, number, count;
+    bool first;
+    Part rows;
   };
 
   static constexpr float MASK[2 * GROUP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -234,46 +267,36 @@ class HostTeam {
     return sum;
   }
 
-  // The sums of an instruction, in chunks that do not depend on the number of threads: body(group, part of count, sums by lane).
-  template <class Body>
-  void sum(const Instruction& i, int count, int block, float scale, Body body) {
-    const int wanted = count / (4 * block), chunks = wanted < 1 ? 1 : wanted > CHUNKS ? CHUNKS : wanted;
-    if (size_ > 1) return defer_sum(i, count, block, scale, chunks, body);
-    for (int group = 0; group < tile_.groups; ++group) {
-      double lanes[CHUNKS][LANES];
-      for (int chunk = 0; chunk < chunks; ++chunk) body(group, part(count, block, chunk, chunks), lanes[chunk]);
-      put_sums(i, group, scale, lanes[0], chunks);
-    }
+  // Where the sums of the block go, one for each lane. The last thread of a team has at least one block: it says what the sums are.
+  double* sums_of(const Instruction& i, float scale) {
+    const std::ptrdiff_t start = next_sum_ + sums_of_run_ * sum_size(block_.count);
+    if (block_.first && rank_ == size_ - 1) tile_.pending[pending_ + sums_of_run_] = {&i, block_.count, scale, start};
+    return partial_sums() + start + (std::ptrdiff_t{block_.group} * block_.count + block_.number) * LANES;
   }
 
-  template <class Body>
-  void defer_sum(const Instruction& i, int count, int block, float scale, int chunks, Body body) {
-    const Part mine = part_of(chunks);
-    for (int group = 0; group < tile_.groups; ++group) {
-      for (int chunk = mine.low; chunk < mine.high; ++chunk) {
-        body(group, part(count, block, chunk, chunks), partial_sums(pending_, group) + chunk * LANES);
-      }
-    }
-    if (rank_ == 0) tile_.pending[pending_] = {&i, chunks, scale};
-    ++pending_;
+  double* partial_sums() const { return tile_.partial_sums + parity_ * tile_.sum_size; }
+  std::ptrdiff_t sum_size(int blocks) const { return std::ptrdiff_t{tile_.groups} * blocks * LANES; }
+
+  // A thread on its own need not wait for the end of the step.
+  void keep_sums(int count, int blocks) {
+    pending_ += count, next_sum_ += count * sum_size(blocks);
+    if (size_ > 1) return;
+    put_sums();
+    pending_ = 0, next_sum_ = 0;
   }
 
-  double* partial_sums(int index, int group) const {
-    return tile_.partial_sums + ((std::ptrdiff_t{parity_} * tile_.sums + index) * tile_.groups + group) * (CHUNKS * LANES);
-  }
-
-  void put_pending_sums() {
+  void put_sums() {
     for (int index = 0; index < pending_; ++index) {
-      const PendingSum& sum = tile_.pending[index];
-      for (int group = 0; group < tile_.groups; ++group)
-        put_sums(*sum.instruction, group, sum.scale, partial_sums(index, group), sum.chunks);
+      for (int group = 0; group < tile_.groups; ++group) put_sum(tile_.pending[index], group);
     }
   }
 
-  void put_sums(const Instruction& i, int group, float scale, const double* chunk_sums, int chunks) {
+  void put_sum(const PendingSum& sum, int group) {
+    const Instruction& i = *sum.instruction;
+    const double* parts = partial_sums() + sum.start + std::ptrdiff_t{group} * sum.blocks * LANES;
     double lanes[LANES] = {};
-    for (int k = 0; k < chunks * LANES; ++k) lanes[k % LANES] += chunk_sums[k];
-    tile_.energies[(std::ptrdiff_t{group} * (tile_.steps + 1) + t_) * tile_.slots + i.slot] = scale * sum_of_samples(lanes, group);
+    for (std::ptrdiff_t k = 0; k < std::ptrdiff_t{sum.blocks} * LANES; ++k) lanes[k % LANES] += parts[k];
+    tile_.energies[(std::ptrdiff_t{group} * (tile_.steps + 1) + t_) * tile_.slots + i.slot] = sum.scale * sum_of_samples(lanes, group);
     if (i.slot2 == ABSENT) return;
     float* losses = tile_.io[i.slot2] + tile_.first_sample + std::int64_t{group} * LANES;
     for (int lane = 0; lane < samples_of(group); ++lane) losses[lane] = static_cast<float>(lanes[lane]);
@@ -281,7 +304,13 @@ class HostTeam {
 
   const Tile& tile_;
   const int rank_, size_;
-  int t_ = 0, parity_ = 0, pending_ = 0;
+  int t_ = 0;
+  Block block_{};
+  int parity_ = 0, pending_ = 0, sums_of_run_ = 0;
+  std::ptrdiff_t next_sum_ = 0;  // in partial_sums
 };
+
+template <int LANE_COUNT>
+constexpr bool TAKES_RUNS<HostTeam<LANE_COUNT>> = true;
 
 }  // namespace pckernels::PCK_ISA

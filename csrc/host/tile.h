@@ -10,7 +10,15 @@
 namespace pckernels {
 
 constexpr int GROUP = 16;  // samples of a lane group
-constexpr int CHUNKS = 8;  // parts of a sum over rows, added in their order whatever thread computed them
+
+// Rows are cut into blocks, whatever the number of threads: a thread takes whole ones, and sums are added block by block in their order.
+constexpr int BLOCK = 1024;     // numbers of a block of rows, about: the blocks of several arrays fit into the first cache
+constexpr int UNIT_BLOCKS = 8;  // of a sum over other units, at most
+
+constexpr int blocks_of(int rows, int lanes) {
+  const std::int64_t blocks = std::int64_t{rows} * lanes / BLOCK;
+  return blocks > 1 ? static_cast<int>(blocks) : 1;
+}
 
 // A weight as products read it: packed panels where the call has packed them.
 struct WeightArrays {
@@ -19,11 +27,12 @@ struct WeightArrays {
   const float* backward;
 };
 
-// A sum over rows whose chunks lie in partial_sums until all threads have computed theirs.
+// A sum whose blocks lie in partial_sums, from `start` on, until all threads have computed theirs.
 struct PendingSum {
   const Instruction* instruction;
-  int chunks;
+  int blocks;
   float scale;
+  std::ptrdiff_t start;
 };
 
 // A tile: consecutive samples and all that their inference reads and writes.
@@ -38,11 +47,10 @@ struct Tile {
   float* const* gradients;  // what the tile's samples add to each gradient, summed with those of other tiles later
   double* energies;         // (groups, steps + 1, slots)
   int steps, slots;
-  // Of a team of several threads; (2, sums, groups, CHUNKS, lanes) and (sums,), `sums` the most LOSS and NORM instructions of a phase.
-  double* partial_sums;
+  double* partial_sums;  // (2, sum_size): of the LOSS and NORM instructions of a step, (groups, blocks, lanes) each
+  std::ptrdiff_t sum_size;
   PendingSum* pending;
-  int sums;
-  Barrier* barrier;
+  Barrier* barrier;  // of a team of several threads
 };
 
 }  // namespace pckernels

@@ -3,7 +3,7 @@
 //   race_test CASE RESULTS [--threads 3] [--ignore K] [--stage 0]
 //
 // --ignore K drops the K-th barrier flag of the code (from 0). --stage 1 changes the logical ranks at barriers, rather than at every
-// instruction. Products after the tiles are left out. Prints how many barrier flags the code has.
+// instruction that has no rows from the one before. Products after the tiles are left out. Prints how many barrier flags the code has.
 #define PCK_ISA thread_team
 
 #include "../thread_team/team.h"
@@ -29,6 +29,14 @@ std::vector<Instruction*> barriers(Program& program) {
   return result;
 }
 
+// Of each instruction, how many barrier flags there are up to it.
+std::vector<int> intervals(const Program& program) {
+  std::vector<int> result;
+  int count = 0;
+  for (const Instruction& i : program.instructions) result.push_back(count += i.barrier != 0);
+  return result;
+}
+
 // How often the threads meet, at most.
 long rounds(const Program& program) {
   long result = 0;
@@ -37,7 +45,7 @@ long rounds(const Program& program) {
 }
 
 template <int LANES>
-void run_tile(CaseData& data, int first, int threads, Stage stage) {
+void run_tile(CaseData& data, const std::vector<int>& intervals, int first, int threads, Stage stage) {
   const Program& program = data.program;
   std::vector<float> arena(static_cast<std::size_t>(program.rows) * LANES);
   std::vector<const float*> weights;
@@ -46,7 +54,7 @@ void run_tile(CaseData& data, int first, int threads, Stage stage) {
   for (std::size_t k = 0; k < data.io.size(); ++k) io.push_back(data.io[k].data() + first * program.io[k]);
   for (auto& gradient : data.gradients) gradients.push_back(gradient.data());
   const ThreadTile tile{arena.data(),     weights.data(), io.data(), gradients.data(), std::min(LANES, data.batch - first), program.steps,
-                        program.energies, int(io.size()), stage};
+                        program.energies, int(io.size()), stage, program.instructions.data(), intervals.data()};
   const Code code{program.phases.data(), int(program.phases.size()), program.instructions.data()};
   Meeting meeting(threads, rounds(program));
   std::vector<std::unique_ptr<ThreadTeam<LANES>>> teams;
@@ -72,11 +80,12 @@ int run(int argc, char** argv) {
   const std::vector<Instruction*> flags = barriers(data.program);
   const int ignored = option(argc, argv, "--ignore", -1), threads = option(argc, argv, "--threads", 3);
   if (ignored >= static_cast<int>(flags.size())) throw std::runtime_error("there is no such barrier flag");
+  const std::vector<int> parts = intervals(data.program);  // those that are meant to be there, with the one that is ignored
   if (ignored >= 0) flags[ignored]->barrier = 0;
   const Stage stage = option(argc, argv, "--stage", 0) == 0 ? Stage::INSTRUCTION : Stage::BARRIER;
   const bool single = data.batch == 1 && !analyse(data.program).spatial;
   for (int first = 0; first < data.batch; first += 16)
-    single ? run_tile<1>(data, first, threads, stage) : run_tile<16>(data, first, threads, stage);
+    single ? run_tile<1>(data, parts, first, threads, stage) : run_tile<16>(data, parts, first, threads, stage);
   write_results(argv[2], data);
   std::printf("%zu barriers\n", flags.size());
   return 0;

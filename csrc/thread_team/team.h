@@ -1,11 +1,14 @@
 // A Team for finding races without a GPU: real threads execute one tile with scalar lanes and plain products.
 //
 // The part of the work that a thread takes, its logical rank, changes at every stage. With a fixed rank most arrays would be written and
-// read by the same thread, and a missing barrier would go unseen. Nothing but sync() orders the threads: sums stay with the thread that
-// computed them until all have finished.
+// read by the same thread, and a missing barrier would go unseen. A thread keeps its rows where code relies on that: in row-by-row
+// instructions over the same n between two barriers of the code, whether or not the threads meet there. Nothing but sync() orders the
+// threads: sums stay with the thread that computed them until all have finished.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <map>
 #include <thread>
 #include <vector>
 
@@ -31,7 +34,7 @@ class Meeting {
   std::vector<std::atomic<int>> arrived_;
 };
 
-// A stage is an instruction, or what lies between two barriers: then a thread may depend on what it wrote itself in the same stage.
+// A stage is an instruction (or several, see above), or what lies between two barriers: then a thread may depend on what it wrote itself in the same stage.
 enum class Stage { INSTRUCTION, BARRIER };
 
 // A tile of `samples` samples; everything but the arena begins at its first sample.
@@ -42,6 +45,8 @@ struct ThreadTile {
   float* const* gradients;
   int samples, steps, slots, ios;
   Stage stage;
+  const Instruction* instructions;
+  const int* intervals;  // of each instruction: how many barriers the code has up to it
 };
 
 template <int LANE_COUNT>
@@ -59,10 +64,17 @@ class ThreadTeam {
     for (int lane = 0; lane < LANES; ++lane) valid_[lane] = lane < tile.samples ? 1.0f : 0.0f;
   }
 
-  void begin_step(int t) { t_ = t; }
+  void begin_step(int t) {
+    t_ = t;
+    interval_ = -1;
+  }
   void end_step() {}
-  void begin_instruction() {
-    if (tile_.stage == Stage::INSTRUCTION) ++stage_;
+  void begin_instruction(const Instruction& i) {
+    if (tile_.stage != Stage::INSTRUCTION) return;
+    if (interval_ != tile_.intervals[&i - tile_.instructions]) stages_.clear();
+    interval_ = tile_.intervals[&i - tile_.instructions];
+    stage_ = is_rowwise(i) ? stages_.try_emplace(i.n, begun_ + 1).first->second : begun_ + 1;
+    begun_ = std::max(begun_, stage_);
   }
   void sync() {
     meeting_.wait(round_++);
@@ -170,8 +182,9 @@ class ThreadTeam {
   const ThreadTile& tile_;
   Meeting& meeting_;
   const int thread_, size_;
-  long stage_ = 0, round_ = 0;
-  int t_ = 0;
+  long stage_ = 0, begun_ = 0, round_ = 0;
+  int t_ = 0, interval_ = -1;
+  std::map<int, long> stages_;  // of the rows of n, since the last barrier of the code
   float valid_[LANES];
 };
 

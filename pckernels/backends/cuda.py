@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from pckernels import ops
-from pckernels.backends import native
+from pckernels.backends import native, selection
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
 from pckernels.engine import arguments
 from pckernels.errors import Unsupported
-from pckernels.memory import Memory
+from pckernels.memory import Packed
 from pckernels.planner import Limits, Plan, plan
 
 Result = TypeVar("Result")
@@ -78,12 +78,12 @@ def refusal(call: Call) -> str | None:
     device = device_of(call)
     if isinstance(device, str):
         return device
-    if not native.is_float32(call.trace.graph):
+    if not selection.is_float32(call.trace.graph):
         return "it runs float32; a vertex of this graph has another dtype"
-    reason = native.refusal(call)
+    reason = selection.refusal(call)
     if reason is not None or not call.size:
         return reason
-    found = plan_for(native._code(call), call.size, device)
+    found = plan_for(selection.code_of(call), call.size, device)
     return found if isinstance(found, str) else None
 
 
@@ -130,7 +130,7 @@ def run(call: Call) -> Outcome:
     with torch.device(device):
         outcome = native.run(call, execute)
     named = replace(outcome, values=_on(device, outcome.values), errors=_on(device, outcome.errors), energy=_on(device, outcome.energy))
-    code = native._code(call)
+    code = selection.code_of(call)
     found = plan_for(code, call.size, device) if call.size else ""
     return replace(named, complaint=_on(device, outcome.complaint), plan=f"{outcome.plan}; {getattr(found, 'reason', 'an empty batch')}")
 
@@ -145,13 +145,13 @@ def _on(device: torch.device, compute: Callable[[], Result]) -> Callable[[], Res
     return later
 
 
-def execute(compiled: Compiled, memory: Memory, batch: int, factor: float) -> None:
+def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
     """Run code over float32 tensors on a CUDA device."""
-    read, written = memory.split(compiled)
-    torch.ops.pckernels.relax.out(memory.weights, read, ops.number_of(compiled), batch, factor, out=written)
+    number = ops.number_of(compiled)
+    torch.ops.pckernels.relax.out(memory.weights, memory.inputs, number, batch, factor, out=memory.written)
 
 
-def launch(compiled: Compiled, memory: Memory, batch: int, factor: float) -> None:
+def launch(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
     """Put code's kernels on the current stream. Nothing waits for the GPU."""
     device = memory.energies.device
     found = plan_for(compiled, batch, device)
@@ -160,7 +160,8 @@ def launch(compiled: Compiled, memory: Memory, batch: int, factor: float) -> Non
     program, tables = loaded(compiled, device)
     cut = (found.tier, found.lanes, found.precision, found.blocks)
     workspace = torch.empty(program.workspace_bytes(batch, *cut), dtype=torch.uint8, device=device)
-    pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
+    weights, gradients = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.gradients))
+    pointers = (weights, memory.io_addresses, gradients)
     places = (tables.data_ptr(), workspace.data_ptr(), workspace.numel())
     program.run(*pointers, memory.energies.data_ptr(), batch, factor, *places, *cut, device.index or 0, _stream(device))
 
@@ -180,7 +181,7 @@ def loaded(compiled: Compiled, device: torch.device) -> tuple[Any, Tensor]:
 
 def _relax_on_cuda(weights: list[Tensor], inputs: list[Tensor], code: int, batch: int, factor: float, *, out: list[Tensor]) -> None:
     found = ops.code_of(code)
-    memory = Memory.joined(found, weights, inputs, out)
+    memory = Packed.of(found, batch, weights, inputs, out)
     with torch.cuda.device(memory.energies.device):
         launch(found, memory, batch, factor)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pckernels.call import Call
-from pckernels.graph import ComputationGraph, Vertex
+from pckernels.graph import ComputationGraph, Derived, Trace, Vertex
 
 
 @dataclass
@@ -34,6 +37,32 @@ class Local:
 
 
 Place = Tensor | GradientEdge | None
+
+
+def compute_constants(graph: ComputationGraph, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """What the graph derives from a call's tensors alone, where nothing of it is a function of parameters."""
+    found: dict[str, object] = {}
+    for name in graph.schedule:
+        derived = graph.derived.get(name)
+        if derived is not None:
+            reads = [tensors[read] if read in tensors else found[read] for read in derived.reads]
+            found[name] = _of_shapes(derived, reads) if derived.of_shapes else derived.compute(*reads)
+    return found
+
+
+_KEPT = 8  # shapes for which a constant is remembered
+_known: WeakKeyDictionary[Derived, OrderedDict[object, object]] = WeakKeyDictionary()
+
+
+def _of_shapes(derived: Derived, reads: Sequence[object]) -> object:
+    """A constant that depends on shapes alone, computed once for each: nobody writes to a constant."""
+    key = tuple((read.shape, read.dtype, read.device) if isinstance(read, Tensor) else read for read in reads)
+    known = _known.setdefault(derived, OrderedDict())
+    if key not in known:
+        known[key] = derived.compute(*reads)
+        if len(known) > _KEPT:
+            known.popitem(last=False)
+    return known[key]
 
 
 def vjp(local: Local, error: Tensor, wrt: Sequence[Place]) -> list[Tensor | None]:
@@ -88,7 +117,7 @@ class Bound:
         self.environment: dict[str, object] = {**call.tensors, **(held or {})}
         self.sources = {name: tensor for name, tensor in call.tensors.items() if name in call.trace.parameters}
         self.weights: dict[str, Tensor] = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
-        self.learning = learning_parameters(graph, call)
+        self.learning = learning_parameters(call)
         self.mu: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor] = {}
         self.locals: dict[str, Local] = {}
@@ -149,10 +178,15 @@ class Bound:
         )
 
 
-def learning_parameters(graph: ComputationGraph, call: Call) -> list[str]:
+def learning_parameters(call: Call) -> list[str]:
     """The parameters that vertices read and that learn, whether or not an error reaches them."""
-    read = {name for vertex in graph.vertices for name in vertex.parameters}
-    return [key for key, name in call.trace.parameters.items() if name in read and call.tensors[key].requires_grad]
+    return [key for key in _read_parameters(call.trace) if call.tensors[key].requires_grad]
+
+
+@lru_cache(maxsize=64)
+def _read_parameters(trace: Trace) -> list[str]:
+    read = {name for vertex in trace.graph.vertices for name in vertex.parameters}
+    return [key for key, name in trace.parameters.items() if name in read]
 
 
 def _leaf(tensor: Tensor, free: bool) -> Tensor:

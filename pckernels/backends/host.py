@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pckernels import engine, ops
-from pckernels.backends import native
+from pckernels import engine
+from pckernels.backends import native, selection
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
-from pckernels.memory import Memory
+from pckernels.memory import Packed
 
 
 def availability() -> tuple[bool, str]:
@@ -25,16 +25,16 @@ def availability() -> tuple[bool, str]:
 
 def refusal(call: Call) -> str | None:
     """Why the engine cannot run a call, or None."""
-    other = next((tensor for tensor in call.tensors.values() if not _fits(tensor)), None)
-    if other is not None:
-        return f"it runs float32 on the CPU; this call has {other.dtype} on {other.device}"
-    if not native.is_float32(call.trace.graph):
+    for tensor in call.tensors.values():
+        if not _fits(tensor):
+            return f"it runs float32 on the CPU; this call has {tensor.dtype} on {tensor.device}"
+    if not selection.is_float32(call.trace.graph):
         return "it runs float32; a vertex of this graph has another dtype"
-    return native.refusal(call)
+    return selection.refusal(call)
 
 
 def _fits(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and (tensor.dtype is torch.float32 or not tensor.is_floating_point())
+    return tensor.is_cpu and (tensor.dtype is torch.float32 or not tensor.is_floating_point())
 
 
 def run(call: Call) -> Outcome:
@@ -42,7 +42,6 @@ def run(call: Call) -> Outcome:
     return native.run(call, execute)
 
 
-def execute(compiled: Compiled, memory: Memory, batch: int, factor: float) -> None:
-    """Run code over float32 tensors on the CPU."""
-    inputs, written = memory.split(compiled)
-    torch.ops.pckernels.relax.out(memory.weights, inputs, ops.number_of(compiled), batch, factor, out=written)
+def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
+    """Run code over float32 tensors on the CPU. (What torch.ops.pckernels.relax does, without the dispatcher on the way.)"""
+    engine.execute(compiled, memory, batch, factor)

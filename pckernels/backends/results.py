@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
@@ -128,17 +127,6 @@ def diverged(energies: Tensor) -> Tensor:
         grew = (size[1:] > size[:-1]).unfold(0, 10, 1).all(1)
         growing[10:] = grew
     return growing & (size > 1e3 * (size[0] + 1.0))
-
-
-def verdict(energies: Tensor, may_diverge: bool) -> tuple[Tensor, Tensor | None]:
-    """Whether all is well, and with `may_diverge` the steps that are not. On the CPU a look at the sums is mostly enough."""
-    if energies.device.type == "cpu":
-        values = energies.tolist()
-        if all(map(math.isfinite, values)) and max(map(abs, values)) <= 1e3 * (abs(values[0]) + 1.0):
-            return torch.tensor(True), None
-    divergence = diverged(energies) if may_diverge else None
-    finite = energies.isfinite().all()
-    return (finite if divergence is None else finite & ~divergence.any()), divergence
 
 
 def complaint(

@@ -1,0 +1,134 @@
+"""Which code a call needs: from its graph, rule, losses and learning parameters; or why there is none."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from pckernels.backends import closed_form
+from pckernels.backends.path_lengths import make_plan
+from pckernels.call import Call
+from pckernels.compiler import Compiled, compile_feed_forward, compile_steps, compile_sweep
+from pckernels.emitter import Objective
+from pckernels.errors import Unsupported
+from pckernels.graph import ComputationGraph, Trace
+from pckernels.instructions import Loss
+from pckernels.lowering import lower
+from pckernels.objective import Objective as Target
+from pckernels.program import Program
+from pckernels.rules import Dynamics
+
+Objectives = tuple[tuple[str, Objective], ...]
+
+
+@lru_cache(maxsize=64)
+def lowered(graph: ComputationGraph) -> Program | str:
+    """The graph's program, or why there is none."""
+    try:
+        return lower(graph)
+    except Unsupported as error:
+        return str(error)
+
+
+def program_of(graph: ComputationGraph) -> Program:
+    """The program of a graph that has one."""
+    program = lowered(graph)
+    assert isinstance(program, Program), program
+    return program
+
+
+@lru_cache(maxsize=256)
+def compiled(
+    graph: ComputationGraph, dynamics: Dynamics | None, objectives: Objectives, learning: frozenset[str], gram: bool = False
+) -> Compiled | str:
+    """The code for one kind of call (without a target: no dynamics), or why there is none."""
+    program = lowered(graph)
+    if isinstance(program, str):
+        return program
+    try:
+        if dynamics is None:
+            return compile_feed_forward(program)
+        if dynamics.closed_form:
+            return compile_sweep(program, graph, make_plan(graph, dynamics, closed_form.plan_dtype(graph)), dict(objectives), learning)
+        return compile_steps(program, graph, dynamics, dict(objectives), learning, gram)
+    except Unsupported as error:
+        return str(error)
+
+
+@lru_cache(maxsize=64)
+def is_float32(graph: ComputationGraph) -> bool:
+    """Whether every vertex is, as the compiled engines need it."""
+    return all(vertex.dtype in (None, torch.float32) for vertex in graph.vertices)
+
+
+def refusal(call: Call) -> str | None:
+    """Why no native backend can run a call, or None."""
+    reason = _refusal_of(call.trace)
+    if reason is not None:
+        return reason
+    if call.record:
+        return "record=True keeps every step, which only the reference does"
+    if call.objective is not None and not (isinstance(call.objective, Target) and isinstance(call.objective.loss, str)):
+        return "a loss of one's own is a PyTorch function, which runs in the reference alone"
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "autocast is on"
+    code = code_of(call)
+    return code if isinstance(code, str) else None
+
+
+@lru_cache(maxsize=64)
+def _refusal_of(trace: Trace) -> str | None:
+    if not trace.batched:
+        return "the trace holds for one batch size alone"
+    if any(derived.kind == "held" for derived in trace.graph.derived.values()):
+        return "dropout masks and batch statistics are drawn or measured in the feed-forward pass, which only the reference does"
+    return "the call moves buffers of the module, which only the reference does" if trace.updates else None
+
+
+def code_of(call: Call) -> Compiled | str:
+    """The code that a call needs, or why there is none."""
+    if "code" not in call.memo:
+        call.memo["code"] = _cheapest(call, (call.trace.graph, *_kind_of(call), _learning(call)))
+    return call.memo["code"]
+
+
+def _kind_of(call: Call) -> tuple[Dynamics | None, Objectives]:
+    """Its dynamics and losses; without a target, the feed-forward pass."""
+    if not isinstance(call.objective, Target):
+        return None, ()
+    assert isinstance(call.objective.loss, str)
+    return call.dynamics, _objectives(call.trace.graph, call.objective.loss, tuple(call.objective.targets))
+
+
+def _cheapest(call: Call, key: tuple[ComputationGraph, Dynamics | None, Objectives, frozenset[str]]) -> Compiled | str:
+    """In the Gram form where it pays: it costs a product W W^T a call, and saves one product a step."""
+    code = compiled(*key, gram=True)
+    width = 0 if isinstance(code, str) else code.gram_width
+    pays = (call.dynamics.steps or 0) * (call.size or 0) >= 2 * width
+    return code if pays else compiled(*key, gram=False)
+
+
+@lru_cache(maxsize=64)
+def _objectives(graph: ComputationGraph, loss: str, outputs: tuple[str, ...]) -> Objectives:
+    if loss == "squared_error":
+        return tuple((name, Objective(Loss.SQUARED_ERROR)) for name in outputs)
+    return tuple((name, Objective(Loss.CROSS_ENTROPY, graph[name].shape[-1])) for name in outputs)
+
+
+def _learning(call: Call) -> frozenset[str]:
+    """The weights that stages read whose gradients are wanted: parameters, and functions of parameters."""
+    if not call.learn:
+        return frozenset()
+    tensors = call.tensors
+    return _with_functions(call.trace.graph, tuple([name for name in call.trace.parameters if tensors[name].requires_grad]))
+
+
+@lru_cache(maxsize=64)
+def _with_functions(graph: ComputationGraph, parameters: tuple[str, ...]) -> frozenset[str]:
+    found = set(parameters)
+    for name in graph.schedule:
+        derived = graph.derived.get(name)
+        if derived is not None and derived.kind == "weight" and found & set(derived.reads):
+            found.add(name)
+    return frozenset(found)
