@@ -1,20 +1,27 @@
 """How code runs on the Triton kernels: which variant, how many samples in a tile, how many warps, and why. Without Triton itself.
 
-The scratch variant runs everything: a program owns a tile of samples, whose arena lies in global memory and stays in L1 and L2.
+Two variants. In either a program of the grid owns a tile of samples:
+
+* on_chip (relax_mlp): a chain of narrow linear layers, whose nodes stay in registers for all steps;
+* scratch (relax): everything, with the arena in global memory, where it stays in L1 and L2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pckernels.backends.options import Options
+from pckernels.compiler import Compiled
 from pckernels.instructions import Code, Op
 from pckernels.planner import ARCHITECTURES, Limits
+from pckernels.triton_chain import WARPS as CHAIN_WARPS
+from pckernels.triton_chain import supports
 
-VARIANTS = ("scratch",)
+VARIANTS = ("on_chip", "scratch")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-LANES = (16, 32, 64)
+LANES = (16, 32)
 WARPS = (4, 8)
+ON_CHIP_LANES = 16
 MIB = 2**20
 
 
@@ -36,6 +43,12 @@ class Shape:
     conv_rows: int
     conv_columns: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """As the kernel's arguments."""
+        names = {"BLOCK": self.block, "ROWS": self.rows, "DEPTH": self.depth}
+        return {**names, "CONV_ROWS": self.conv_rows, "CONV_COLUMNS": self.conv_columns}
+
 
 def _shapes() -> dict[tuple[str, int], Shape]:
     """Each row is compiled ahead of time and held against triton_kernels/budget.json. Nobody has timed them on a GPU yet."""
@@ -43,7 +56,7 @@ def _shapes() -> dict[tuple[str, int], Shape]:
     for precision in PRECISIONS:
         for lanes in LANES:
             depth = 32 if precision in ("fp32", "tf32") else 64
-            table[precision, lanes] = Shape(warps=4 if lanes < 64 else 8, block=1024, rows=64, depth=depth, conv_rows=32, conv_columns=64)
+            table[precision, lanes] = Shape(warps=8, block=1024, rows=64, depth=depth, conv_rows=32, conv_columns=32)
     return table
 
 
@@ -71,7 +84,7 @@ class Plan:
     reason: str
 
 
-def plan(code: Code, batch: int, limits: Limits, wanted: Options) -> Plan | str:
+def plan(compiled: Compiled, batch: int, limits: Limits, wanted: Options) -> Plan | str:
     """The plan, or a refusal in a sentence.
 
     Raises:
@@ -80,17 +93,36 @@ def plan(code: Code, batch: int, limits: Limits, wanted: Options) -> Plan | str:
     _check(wanted)
     if limits.architecture < min(ARCHITECTURES):
         return f"the Triton kernels need compute capability 8.0; this GPU has {limits.architecture / 10:.1f}"
+    why_not = _not_on_chip(compiled, batch, wanted)
+    if wanted.variant == "on_chip" and compiled.program is not None and why_not:
+        return f"the on_chip variant runs chains of narrow layers: {why_not}"
+    if wanted.variant != "scratch" and why_not is None:
+        return _on_chip(compiled, batch, wanted)
+    return _scratch(compiled.code, batch, limits, wanted, why_not if wanted.variant is None else "asked for")
+
+
+def _not_on_chip(compiled: Compiled, batch: int, wanted: Options) -> str | None:
+    if wanted.lanes not in (None, ON_CHIP_LANES) or wanted.warps not in (None, CHAIN_WARPS):
+        return f"that variant has tiles of {ON_CHIP_LANES} samples and {CHAIN_WARPS} warps"
+    return supports(compiled, batch, wanted.precision)
+
+
+def _on_chip(compiled: Compiled, batch: int, wanted: Options) -> Plan:
+    tiles = -(-batch // ON_CHIP_LANES)
+    reason = f"on_chip variant: {ON_CHIP_LANES} samples in each of {tiles} programs, all nodes in registers for all steps"
+    return Plan("on_chip", ON_CHIP_LANES, tiles, TABLE[wanted.precision, ON_CHIP_LANES], wanted.precision, reason)
+
+
+def _scratch(code: Code, batch: int, limits: Limits, wanted: Options, why: str | None) -> Plan:
     candidates = [wanted.lanes] if wanted.lanes else LANES
     lanes = min(candidates, key=lambda lanes: cycles(code, batch, lanes, wanted.precision, limits))
     tiles = -(-batch // lanes)
     programs = max(1, min(tiles, limits.multiprocessors * PROGRAMS))
     shape = TABLE[wanted.precision, lanes]
-    warps = wanted.warps or shape.warps
-    shape = Shape(**{**vars(shape), "warps": warps})
-    why = "asked for" if wanted.lanes else "the fewest cycles by a rough count"
+    shape = replace(shape, warps=wanted.warps or shape.warps)
     size = code.rows * lanes * 4 * programs
     reason = (
-        f"scratch variant: {lanes} samples in each of {tiles} tiles ({why}), {programs} programs of {warps} warps, "
+        f"scratch variant ({why}): {lanes} samples in each of {tiles} tiles, {programs} programs of {shape.warps} warps, "
         f"{size / MIB:,.1f} MiB of state in global memory, which L2 holds where it is no larger"
     )
     return Plan("scratch", lanes, programs, shape, wanted.precision, reason)

@@ -15,7 +15,7 @@ from triton_case import DEVICE, relative_error, require_a_way_to_run
 
 import pckernels as pck
 from pckernels import dispatch, interpreter
-from pckernels.backends import native, reference
+from pckernels.backends import native, reference, selection
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled, compile_steps
 from pckernels.emitter import Objective
@@ -41,7 +41,7 @@ class Chosen:
     def choose(self, name: str, call: Call) -> tuple[str, Callable[[Call], Outcome], str]:
         if name == "reference":
             return name, reference.run, ""
-        why = native.refusal(call)
+        why = selection.refusal(call)
         assert why is None, why
         return "triton", lambda call: native.run(call, self.execute), ""
 
@@ -170,7 +170,8 @@ def memory_of(compiled: Compiled, net: nn.Module, batch: int, dtype: torch.dtype
 
 
 def results(compiled: Compiled, memory: Memory) -> list[Tensor]:
-    return [t.double().cpu() for t in memory.split(compiled)[1]]
+    written = [tensor for place, tensor in zip(compiled.io, memory.io, strict=True) if place.is_result]
+    return [t.double().cpu() for t in (*written, *memory.gradients, memory.energies)]
 
 
 @pytest.mark.parametrize("held", [True, False])

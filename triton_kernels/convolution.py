@@ -102,7 +102,15 @@ def conv_t(i, arena, weights, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def conv_learn(
-    i, arena, gradient, samples, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+    i,
+    arena,
+    gradient,
+    samples,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """gradient (C_out, C / groups, kh, kw) += f0 * sum over samples and output pixels of a (C_out, OH, OW) (b + c) (C, H, W)."""
     height, width, kernel_h, kernel_w = tl.load(i + P + 1), tl.load(i + P + 2), tl.load(i + P + 4), tl.load(i + P + 5)

@@ -39,7 +39,7 @@ def elementwise(op, i, arena, LANES: tl.constexpr, BLOCK: tl.constexpr):
     out, a, b, c, d = tl.load(i + OUT), tl.load(i + A), tl.load(i + B), tl.load(i + C), tl.load(i + D)
     f0, f1, f2 = factor(i, 0), factor(i, 1), factor(i, 2)
     accumulate = tl.load(i + ACCUMULATE) != 0
-    reads_out = accumulate or op == MOVE or op == RELAX
+    reads_out = accumulate | (op == MOVE) | (op == RELAX)
     for first in tl.range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
         here = at < n
@@ -86,7 +86,7 @@ def activation(op, kind, by_value, of_a, of_b, of_c, of_d, c, d, f0, f1):
     """ACT of a, ACT_CHANGE of z = a by dz = b with m = c, ACT_GRAD: a times the slope at z = b moved by dz = c, with m = d."""
     value = of_a
     if op == ACT_GRAD:
-        has_value = kind == TANH or kind == SIGMOID
+        has_value = (kind == TANH) | (kind == SIGMOID)
         moved = of_b + of_c
         if by_value != 0:
             value *= act_grad_of_value(kind, moved)

@@ -32,7 +32,7 @@ def loss(i, arena, io, energies, sample, samples, LANES: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def squared_error(i, arena, samples, LANES: tl.constexpr, BLOCK: tl.constexpr):
-    """Halves of squares, summed into [BLOCK / LANES][LANES]. mu + dmu is subtracted one after the other: a small change keeps its digits."""
+    """Halves of squares, summed into [BLOCK / LANES][LANES]. mu + dmu is one after the other: a small change keeps its digits."""
     n, b = tl.load(i + N), tl.load(i + B)
     mu, dmu, target, out = (
         arena + tl.load(i + A) * LANES,

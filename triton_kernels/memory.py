@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .instruction import ACCUMULATE, N, OUT, SLOT, A, B, P, address, factor
+from .instruction import ACCUMULATE, OUT, SLOT, A, B, N, P, address, factor
 
 
 @triton.jit

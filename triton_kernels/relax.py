@@ -7,9 +7,14 @@ depends on how many programs there are, but the sums that CONV_LEARN and SUM_LEA
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 
+from pckernels.triton_planner import TABLE
+
+from .ahead_of_time import Build
 from .convolution import conv, conv_learn, conv_t, sum_learn
 from .elementwise import elementwise
 from .instruction import (
@@ -19,8 +24,6 @@ from .instruction import (
     BARRIER,
     CONV,
     CONV_LEARN,
-    CONV_T,
-    COPY,
     FILL,
     FIRST,
     LINEAR,
@@ -180,3 +183,14 @@ def run(
         elif op == SUM_LEARN:
             tl.debug_barrier()
             sum_learn(i, arena, gradient, samples, LANES, BLOCK)
+
+
+def builds() -> Iterator[Build]:
+    """Every row of the default table."""
+    pointers = {"words": "*i32", "phases": "*i32", "weights": "*i64", "io": "*i64", "arenas": "*fp32", "learned": "*fp32"}
+    pointers |= {"learned_at": "*i32", "energies": "*fp64"}
+    numbers = dict.fromkeys(("phase_count", "rows", "learned_size", "energies_size", "slots", "batch"), "i32")
+    for (precision, lanes), shape in TABLE.items():
+        constants = {**shape.constants, "LANES": lanes, "PRECISION": precision}
+        options = {"num_warps": shape.warps}
+        yield Build(f"relax {precision} {lanes}", relax, {**pointers, **numbers}, constants, options, mma=precision != "fp32")

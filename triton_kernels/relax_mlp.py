@@ -1,14 +1,14 @@
 """All T steps of inference for a chain of linear layers in one program a batch tile: node state in registers from start to end.
 
 What is computed: section 2 of the design. Layer l predicts mu_l = f_l(W_l v_(l-1) + b_l); v_0 is the clamped input. State is a
-displacement d_l = v_l - (its feed-forward value), and eps_l = d_l - dmu_l with dmu_l from the feed-forward pre-activation z_l and its change
-dz_l = W_l d_(l-1), so that nothing cancels (activations.py). One Jacobi step, strict:
+displacement d_l = v_l - (its feed-forward value), and eps_l = d_l - dmu_l with dmu_l from the feed-forward pre-activation z_l and its
+change dz_l = W_l d_(l-1), so that nothing cancels (activations.py). One Jacobi step, strict:
 
     drive_l = W_(l+1)^T g_(l+1) - eps_l,  velocity_l <- momentum velocity_l + drive_l,  d_l <- d_l + rate velocity_l,
     dz_l = W_l d_(l-1),  eps_l = d_l - dmu_l,  g_l = eps_l f_l'(z_l + dz_l).
 
-Fixed prediction: eps_l <- (1 - rate) eps_l + rate W_(l+1)^T (eps_(l+1) f_(l+1)'(z_(l+1))). The first layer's product is hoisted: it runs once,
-over an input of any width.
+Fixed prediction: eps_l <- (1 - rate) eps_l + rate W_(l+1)^T (eps_(l+1) f_(l+1)'(z_(l+1))). The first layer's product is hoisted: it runs
+once, over an input of any width.
 
 Reference: the code that compile_steps makes of the same program, executed by pckernels/interpreter.py. chain.py says what fits.
 
@@ -27,12 +27,12 @@ import triton.language as tl
 from pckernels.compiler import Compiled
 from pckernels.errors import Unsupported
 from pckernels.instructions import ABSENT, Activation, Loss
-from pckernels.memory import Memory
+from pckernels.memory import Memory, Packed
+from pckernels.triton_chain import REGISTERS, WARPS, WIDEST, Chain, Plan, chain_of_code, held, loss_of, padded_widths, plan_chain, registers
 
 from . import local_update
 from .activations import SIGMOID, TANH, act, act_change, act_grad, act_grad_of_value
 from .ahead_of_time import Build
-from .chain import Chain, Plan, chain_of_code, loss_of, plan_chain
 from .functions import exponential, logarithm
 from .products import multiply
 
@@ -73,9 +73,8 @@ def relax_mlp(
     """Relax the tile of samples number program_id.
 
     x (B, INPUTS); target (B, width) or class indices (B,); of each layer: weights (N, K), of all but the first already
-    rounded to half precision where that is wanted, biases (N,), and what is written: values
-    (B, N) (of moving errors: predictions), errors (B, N), and where SENT gradients (B, N): the error at the product's output. losses (B,) of the
-    feed-forward pass; energies (tiles, steps + 1, layers) in float64, zero where nothing is written.
+    rounded to half precision where that is wanted, biases (N,), and what is written: values (B, N) (of moving errors: predictions),
+    errors (B, N), and where SENT gradients (B, N): the error at the product's output. losses (B,) of the feed-forward pass; energies (tiles, steps + 1, layers) in float64, zero where nothing is written.
     """
     LAST: tl.constexpr = len(WIDTHS) - 1
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
@@ -345,16 +344,49 @@ def constants(compiled: Compiled, chain: Chain, plan: Plan, precision: str) -> d
     }
 
 
-def supports(compiled: Compiled, batch: int, precision: str = "fp32", lanes: int | None = None) -> str | None:
-    """Why relax_mlp cannot run code, or None."""
-    chain = chain_of_code(compiled)
-    if isinstance(chain, str):
-        return chain
-    plan = plan_chain(chain, compiled.dynamics, batch, precision, lanes)
-    return plan if isinstance(plan, str) else None
+# Chains of the table: widths, input width, lanes. The widest is as wide as plan_chain lets a chain be.
+CHAINS = {"narrow": ((64, 64, 10), 784, 16), "wide": ((128, 128, 10), 784, 16), "deep": ((64, 64, 64, 64, 64, 10), 64, 16)}
 
 
-def run(compiled: Compiled, memory: Memory, batch: int, factor: float, precision: str = "fp32", lanes: int | None = None) -> None:
+def builds() -> Iterator[Build]:
+    """A few chains in each precision in which they fit, strict with momentum and fixed prediction."""
+    for name, (widths, inputs, lanes) in CHAINS.items():
+        for precision in ("fp32", "tf32", "fp16", "bf16"):
+            for strict in (True, False):
+                padded = padded_widths(widths, lanes)
+                if max(padded) > WIDEST[precision] or registers(padded, lanes, precision, strict) > REGISTERS[precision]:
+                    continue  # the plan refuses it
+                yield _build(f"relax_mlp {name} {precision} {'strict' if strict else 'fixed'}", widths, inputs, lanes, precision, strict)
+
+
+def _build(name: str, widths: tuple[int, ...], inputs: int, lanes: int, precision: str, strict: bool) -> Build:
+    depth = len(widths)
+    half = {"fp16": "*fp16", "bf16": "*bf16"}.get(precision, "*fp32")
+    rows = ("*fp32",) * depth
+    signature = {"x": "*fp32", "target": "*fp32", "weights": ("*fp32", *(half,) * (depth - 1)), "biases": rows, "values": rows}
+    signature |= {"errors": rows, "gradients": rows, "losses": "*fp32", "energies": "*fp64", "batch": "i32", "steps": "i32"}
+    signature |= {"rate": "fp32", "momentum": "fp32"}
+    constants: dict[str, object] = {
+        "INPUTS": inputs,
+        "WIDTHS": widths,
+        "PADDED": padded_widths(widths, lanes),
+        "KINDS": (int(Activation.TANH),) * (depth - 1) + (int(Activation.AFFINE),),
+        "F0": (1.0,) * depth,
+        "F1": (0.0,) * depth,
+        "BIASED": (True,) * depth,
+        "SENT": (True,) * depth,
+        "CROSS_ENTROPY": False,
+        "VALUES_MOVE": strict,
+        "MOMENTUM": strict,
+        "HELD": held(precision),
+        "PRECISION": precision,
+        "LANES": lanes,
+        "CHUNK": CHUNK,
+    }
+    return Build(name, relax_mlp, signature, constants, {"num_warps": WARPS}, mma=precision != "fp32")
+
+
+def run(compiled: Compiled, memory: Memory | Packed, batch: int, factor: float, precision: str = "fp32", lanes: int | None = None) -> None:
     """All that code does, on the current stream: inference by relax_mlp, then the local updates.
 
     Args:
@@ -369,9 +401,12 @@ def run(compiled: Compiled, memory: Memory, batch: int, factor: float, precision
         Unsupported: the code is no chain, or does not fit.
     """
     chain = chain_of_code(compiled)
-    plan = chain if isinstance(chain, str) else plan_chain(chain, compiled.dynamics, batch, precision, lanes)
-    if isinstance(chain, str) or isinstance(plan, str):
-        raise Unsupported(str(plan))
+    if isinstance(chain, str):
+        raise Unsupported(chain)
+    assert compiled.dynamics is not None
+    plan = plan_chain(chain, compiled.dynamics, batch, precision, lanes)
+    if isinstance(plan, str):
+        raise Unsupported(plan)
     _Launch(compiled, chain, plan, memory, batch, precision).relax()
     local_update.learn(compiled.code.products, memory.io, memory.gradients, batch, factor, precision)
 
@@ -382,7 +417,7 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class _Launch:
     """The arguments of relax_mlp, out of the slots of code."""
 
-    def __init__(self, compiled: Compiled, chain: Chain, plan: Plan, memory: Memory, batch: int, precision: str):
+    def __init__(self, compiled: Compiled, chain: Chain, plan: Plan, memory: Memory | Packed, batch: int, precision: str):
         self.compiled, self.chain, self.plan, self.memory, self.batch, self.precision = compiled, chain, plan, memory, batch, precision
         self.io = {(place.kind, place.name): tensor for place, tensor in zip(compiled.io, memory.io, strict=True)}
 

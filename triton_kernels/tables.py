@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
+
+from .ahead_of_time import Build
 
 ADDRESSES = 16  # that a launch of write_addresses takes
 BLOCK = 1024  # elements that a program of add_up sums
@@ -42,7 +46,7 @@ def write_addresses(
 
 @triton.jit
 def add_up(parts, result, count, stride, size, scale, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """result (size,) = scale * the sum of `count` arrays of parts, `stride` elements apart, one after the other; ADD: plus what is there."""
+    """result (size,) = scale * the sum of `count` arrays of parts, `stride` elements apart, in order; ADD: plus what is there."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(parts + at, mask=at < size, other=0.0)
     for k in tl.range(1, count):
@@ -51,3 +55,13 @@ def add_up(parts, result, count, stride, size, scale, ADD: tl.constexpr, BLOCK: 
     if ADD:
         total += tl.load(result + at, mask=at < size, other=0.0)
     tl.store(result + at, total, mask=at < size)
+
+
+def builds() -> Iterator[Build]:
+    numbers = {"first": "i32", "count": "i32", **{f"a{k}": "i64" for k in range(ADDRESSES)}}
+    yield Build("write_addresses", write_addresses, {"table": "*i64", **numbers}, {}, mma=None)
+    for kind in ("fp32", "fp64"):
+        for add in (False, True):
+            signature = {"parts": f"*{kind}", "result": f"*{kind}", "count": "i32", "stride": "i32", "size": "i32", "scale": "fp32"}
+            name = f"add_up {kind}{' more' if add else ''}"
+            yield Build(name, add_up, signature, {"ADD": add, "BLOCK": BLOCK}, apart=("parts",), mma=None)

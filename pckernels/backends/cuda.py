@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -127,22 +127,8 @@ def run(call: Call) -> Outcome:
     """One inference, in order with whatever else is on the current stream."""
     device = device_of(call)
     assert isinstance(device, torch.device), device
-    with torch.device(device):
-        outcome = native.run(call, execute)
-    named = replace(outcome, values=_on(device, outcome.values), errors=_on(device, outcome.errors), energy=_on(device, outcome.energy))
-    code = selection.code_of(call)
-    found = plan_for(code, call.size, device) if call.size else ""
-    return replace(named, complaint=_on(device, outcome.complaint), plan=f"{outcome.plan}; {getattr(found, 'reason', 'an empty batch')}")
-
-
-def _on(device: torch.device, compute: Callable[[], Result]) -> Callable[[], Result]:
-    """What is computed later makes its tensors on the device too."""
-
-    def later() -> Result:
-        with torch.device(device):
-            return compute()
-
-    return later
+    found = plan_for(selection.code_of(call), call.size, device) if call.size else ""
+    return native.run_on(device, call, execute, getattr(found, "reason", "an empty batch"))
 
 
 def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
 from pckernels.rules import Dynamics
 
+Result = TypeVar("Result")
+
 
 def run(call: Call, execute: Execute) -> Outcome:
     """One inference."""
@@ -32,6 +35,22 @@ def run(call: Call, execute: Execute) -> Outcome:
         binding = Binding(call, code, execute)
         binding.run()
         return _Results(binding).outcome()
+
+
+def run_on(device: torch.device, call: Call, execute: Execute, reason: str) -> Outcome:
+    """One inference whose tensors, those computed later too, are made on a device; `reason`: how the backend runs it, in words."""
+
+    def there(compute: Callable[[], Result]) -> Callable[[], Result]:
+        def later() -> Result:
+            with torch.device(device):
+                return compute()
+
+        return later
+
+    with torch.device(device):
+        found = run(call, execute)
+    values, errors, energy, complain = there(found.values), there(found.errors), there(found.energy), there(found.complaint)
+    return replace(found, values=values, errors=errors, energy=energy, complaint=complain, plan=f"{found.plan}; {reason}")
 
 
 class _Results:

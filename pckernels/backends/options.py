@@ -25,11 +25,14 @@ class Options:
     warps: int | None = None
 
 
+_DEFAULT = Options()
+
+
 class Scope:
     """The options of one backend: `with scope(precision="tf32"): ..` sets them, `scope.get()` reads them."""
 
     def __init__(self, name: str):
-        self._current: ContextVar[Options] = ContextVar(f"options of the {name} backend", default=Options())
+        self._current: ContextVar[Options] = ContextVar(f"options of the {name} backend", default=_DEFAULT)
 
     def get(self) -> Options:
         return self._current.get()

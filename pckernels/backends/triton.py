@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module, util
 from typing import Any
@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pckernels.backends import native
-from pckernels.backends.cuda import _on as computed_on
+from pckernels.backends import native, selection
 from pckernels.backends.options import Options, Scope
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
 from pckernels.errors import Unsupported
 from pckernels.instructions import Op
-from pckernels.memory import Memory
+from pckernels.memory import Packed
 from pckernels.planner import Limits
 from pckernels.triton_planner import Plan, plan
 
@@ -51,12 +50,12 @@ def refusal(call: Call) -> str | None:
     device = device_of(call)
     if isinstance(device, str):
         return device
-    if not native.is_float32(call.trace.graph):
+    if not selection.is_float32(call.trace.graph):
         return "it runs float32; a vertex of this graph has another dtype"
-    reason = native.refusal(call)
+    reason = selection.refusal(call)
     if reason is not None or not call.size:
         return reason
-    found = plan_for(native._code(call), call.size, device)
+    found = plan_for(selection.code_of(call), call.size, device)
     return found if isinstance(found, str) else None
 
 
@@ -82,7 +81,7 @@ def plan_for(compiled: Compiled | str, batch: int, device: torch.device) -> Plan
 
 @lru_cache(maxsize=1024)
 def _planned(compiled: Compiled, batch: int, limits: Limits, wanted: Options) -> Plan | str:
-    return plan(compiled.code, batch, limits, wanted)
+    return plan(compiled, batch, limits, wanted)
 
 
 @lru_cache(maxsize=64)
@@ -98,24 +97,24 @@ def run(call: Call) -> Outcome:
     """One inference, in order with whatever else is on the current stream."""
     device = device_of(call)
     assert isinstance(device, torch.device), device
-    with torch.device(device):
-        outcome = native.run(call, launch)
-    later = {name: computed_on(device, getattr(outcome, name)) for name in ("values", "errors", "energy", "complaint")}
-    found = plan_for(native._code(call), call.size, device) if call.size else ""
-    return replace(outcome, **later, plan=f"{outcome.plan}; {getattr(found, 'reason', 'an empty batch')}")
+    found = plan_for(selection.code_of(call), call.size, device) if call.size else ""
+    return native.run_on(device, call, launch, getattr(found, "reason", "an empty batch"))
 
 
 # Launching
 
 
-def launch(compiled: Compiled, memory: Memory, batch: int, factor: float) -> None:
+def launch(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
     """Run code over contiguous float32 tensors of one device: results, gradients and energies are written. Nothing waits for the GPU."""
     device = memory.energies.device
     found = plan_for(compiled, batch, device)
     if isinstance(found, str):  # of an op's call, or of the feed-forward pass that a complaint makes: nobody has asked before
         raise Unsupported(found)
     with _on(device):
-        _Launch(compiled, memory, batch, found).run(factor)
+        if found.variant == "on_chip":
+            kernels("relax_mlp").run(compiled, memory, batch, factor, found.precision, found.lanes)
+        else:
+            _Launch(compiled, memory, batch, found).run(factor)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -148,14 +147,14 @@ def tables(compiled: Compiled, device: torch.device) -> Tables:
     with torch.device("cpu"):
         words, phases = compiled.code.encoded()
         starts = [learned.get(slot, (0, 0))[0] for slot in range(max(1, len(compiled.gradients)))]
-        found = (words, phases, torch.tensor(starts, dtype=torch.int32))
-    return Tables(*(table.to(device) for table in found), learned, size)
+        learned_at = torch.tensor(starts, dtype=torch.int32)
+    return Tables(words.to(device), phases.to(device), learned_at.to(device), learned, size)
 
 
 class _Launch:
     """One run of code: its tables and scratch memory, kernel by kernel."""
 
-    def __init__(self, compiled: Compiled, memory: Memory, batch: int, plan: Plan):
+    def __init__(self, compiled: Compiled, memory: Packed, batch: int, plan: Plan):
         self.compiled, self.code, self.memory, self.batch, self.plan = compiled, compiled.code, memory, batch, plan
         self.device = memory.energies.device
         self.tables = tables(compiled, self.device)
@@ -187,12 +186,8 @@ class _Launch:
             self.code.energies,
             self.batch,
             LANES=plan.lanes,
-            BLOCK=shape.block,
-            ROWS=shape.rows,
-            DEPTH=shape.depth,
-            CONV_ROWS=shape.conv_rows,
-            CONV_COLUMNS=shape.conv_columns,
             PRECISION=plan.precision,
+            **shape.constants,
             num_warps=shape.warps,
         )
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from pckernels.compiler import Compiled
 from pckernels.instructions import Activation, Loss, Op
 from pckernels.program import Kind, Node, Program
 from pckernels.rules import Dynamics
 
+WARPS = 8
 IDENTITY = (Activation.AFFINE, (1.0, 0.0))
 
 
@@ -101,7 +103,8 @@ def _layer(program: Program, node: Node, source: int) -> Layer | str:
         return f"vertex {node.name!r} reads something else than the vertex before it"
     activation, factors = IDENTITY
     if len(node.stages) == 2:
-        activation, factors = Activation(node.stages[1].p[0]), (*node.stages[1].f, 0.0, 0.0)[:2]
+        f0, f1, *_ = (*node.stages[1].f, 0.0, 0.0)
+        activation, factors = Activation(node.stages[1].p[0]), (f0, f1)
     return Layer(node.name, inputs, outputs, product.weight, product.bias, activation, factors)
 
 
@@ -125,13 +128,48 @@ def loss_of(compiled: Compiled) -> tuple[Loss, int]:
     return Loss(instruction.p[0]), instruction.p[1]
 
 
-def padded_widths(chain: Chain, lanes: int) -> tuple[int, ...]:
+def padded_widths(widths: tuple[int, ...], lanes: int) -> tuple[int, ...]:
     """Powers of two, at least 16 for a product, and above the lanes: Triton splits a product between warps along its longer side, and all
     products of a chain along the same one, so that one narrow layer would have every warp compute everything."""
-    return tuple(max(2 * lanes, 1 << (width - 1).bit_length()) for width in chain.widths)
+    return tuple(max(2 * lanes, 1 << (width - 1).bit_length()) for width in widths)
 
 
-def plan_chain(chain: Chain, dynamics: Dynamics | None, batch: int, precision: str, lanes: int | None = None) -> Plan | str:
+# Registers of a thread that a chain may take, and the widest layer, by precision. Above, ahead_of_time finds spills on sm_80 or sm_90:
+# without tensor cores a product needs many registers beside the state.
+REGISTERS = {"fp32": 100, "tf32": 165, "fp16": 170, "bf16": 170}
+WIDEST = {"fp32": 64, "tf32": 128, "fp16": 128, "bf16": 128}
+STRICT, FIXED = 7, 4  # arrays of a layer that are alive at once
+
+
+def held(precision: str) -> bool:
+    """Whether the weights between value nodes stay in registers: in fp32 there is no room for them."""
+    return precision != "fp32"
+
+
+def registers(padded: tuple[int, ...], lanes: int, precision: str, strict: bool) -> int:
+    """An estimate for each thread: the state of all layers, and the weights where they are held."""
+    state = (STRICT if strict else FIXED) * lanes * sum(padded)
+    weights = sum(n * k for k, n in pairwise(padded)) * (1.0 if precision == "tf32" else 0.5) if held(precision) else 0.0
+    return round((state + weights) / (32 * WARPS))
+
+
+def plan_chain(chain: Chain, dynamics: Dynamics, batch: int, precision: str, lanes: int | None = None) -> Plan | str:
     """How a chain runs on a batch, or why it does not fit in registers."""
     lanes = lanes or 16
-    return Plan(lanes, 8, precision != "fp32", padded_widths(chain, lanes), 0)
+    padded = padded_widths(chain.widths, lanes)
+    needed = registers(padded, lanes, precision, dynamics.moves == "values")
+    if max(padded) > WIDEST[precision]:
+        return f"a layer of {max(chain.widths)} nodes does not fit in registers; with {precision} operands {WIDEST[precision]} nodes do"
+    if needed > REGISTERS[precision]:
+        return f"it needs about {needed} registers a thread beside its products; with {precision} operands there are {REGISTERS[precision]}"
+    return Plan(lanes, WARPS, held(precision), padded, needed)
+
+
+def supports(compiled: Compiled, batch: int, precision: str = "fp32", lanes: int | None = None) -> str | None:
+    """Why relax_mlp cannot run code, or None."""
+    chain = chain_of_code(compiled)
+    if isinstance(chain, str):
+        return chain
+    assert compiled.dynamics is not None
+    plan = plan_chain(chain, compiled.dynamics, batch, precision, lanes)
+    return plan if isinstance(plan, str) else None
