@@ -33,7 +33,7 @@ class PCNetwork(nn.Module):
 
     Args:
         module: any nn.Module that torch.export can capture.
-        rule: Strict, FixedPrediction or ZeroDivergence.
+        rule: Strict, ErrorOptimization, FixedPrediction or ZeroDivergence.
         loss: "squared_error" (1/2 sum over features), "cross_entropy" (logits with classes last, int64 targets, -100
             ignored, summed over positions), or f(output, target) -> (B,); per sample, batch first.
         reduction: "mean" divides `.grad` and `inference.loss` by the batch size alone, "sum" leaves them.

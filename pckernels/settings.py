@@ -5,9 +5,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .rules import FixedPrediction, Rule, Strict, ZeroDivergence
+from .rules import ErrorOptimization, FixedPrediction, Rule, Strict, ZeroDivergence
 
-RULES: dict[str, type[Rule]] = {"fixed": FixedPrediction, "strict": Strict, "zero": ZeroDivergence}
+RULES: dict[str, type[Rule]] = {
+    "fixed": FixedPrediction,
+    "strict": Strict,
+    "zero": ZeroDivergence,
+    "error_optimization": ErrorOptimization,
+}
 RULE_OPTIONS = ("steps", "rate", "solver", "order", "momentum", "sweep")
 LEARNERS = ("pc", "backprop")
 LOSSES = ("squared_error", "cross_entropy")
@@ -25,7 +30,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "rnn": {"reduction": "sum", "batch_size": 1, "lr": 3e-3, "hidden": (256,)},
     "lstm": {"reduction": "sum", "batch_size": 64, "lr": 5e-5, "hidden": (1056,), "sequence": 50},
 }
-STEPS = {"fixed": {"mlp": 100, "cnn": 100, "rnn": 100, "lstm": 200}, "strict": dict.fromkeys(MODELS, 20)}
+STEPS = {
+    "fixed": {"mlp": 100, "cnn": 100, "rnn": 100, "lstm": 200},
+    "strict": dict.fromkeys(MODELS, 20),
+    "error_optimization": dict.fromkeys(MODELS, 20),
+}
 RATE = 0.1
 TEMPERATURES = {"squared_error": 0.05, "cross_entropy": 1.0}
 
@@ -138,7 +147,7 @@ def _refuse_foreign_options(config: TrainConfig, rule: str, options: set[str]) -
     for name in RULE_OPTIONS:
         if name not in options and getattr(config, name) is not None:
             owners = " and ".join(other for other in RULES if name in _options_of(other))
-            raise ValueError(f"--{name} is not an option of the rule {rule}, but of {owners}; drop it, or choose that rule.")
+            raise ValueError(f"--{name} is not an option of the rule {rule}, but of {owners}; drop it, or choose such a rule.")
 
 
 def _require_choices(config: TrainConfig) -> None:

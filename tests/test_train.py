@@ -67,7 +67,7 @@ def test_an_exact_rule_has_backprop_s_losses(options):
 def test_a_rule_that_is_not_exact_is_seen():
     config = TrainConfig("mlp", hidden=(20, 15), dtype="float64", batches=5)
     backprop = losses(dataclasses.replace(config, learner="backprop"))
-    for pc in ({"rule": "strict", "steps": 3}, {"rule": "fixed", "steps": 3}):
+    for pc in ({"rule": "strict", "steps": 3}, {"rule": "error_optimization", "steps": 3}, {"rule": "fixed", "steps": 3}):
         assert abs(losses(dataclasses.replace(config, **pc))[-1] / backprop[-1] - 1) > 1e-6
 
 
@@ -108,14 +108,9 @@ def test_reduction_changes_the_gradient_and_not_the_loss_that_is_reported():
     assert losses(dataclasses.replace(by_sum, lr=0.2 / 16)) == pytest.approx(losses(dataclasses.replace(by_mean, lr=0.2)), rel=1e-9)
 
 
-def test_training_learns_digits():
-    for learner in ("pc", "backprop"):
-        assert (
-            train(
-                TrainConfig("mlp", hidden=(30,), learner=learner, epochs=4, rule="zero" if learner == "pc" else None), report=silent
-            ).accuracy
-            > 0.85
-        )
+@pytest.mark.parametrize("options", [{"learner": "backprop"}, {"rule": "zero"}, {"rule": "error_optimization", "steps": 8}], ids=str)
+def test_training_learns_digits(options):
+    assert train(TrainConfig("mlp", hidden=(30,), epochs=4, **options), report=silent).accuracy > 0.85
 
 
 LONG = [
@@ -286,6 +281,8 @@ BAD = [
     (["mlp", "--steps", "-1"], "steps must be 0 or more"),
     (["mlp", "--solver", "magic"], "solver must be one of 'closed_form'"),
     (["mlp", "--sweep", "top_down"], "--sweep is not an option of the rule fixed, but of strict"),
+    (["mlp", "--rule", "error_optimization", "--solver", "sweep"], "--solver is not an option of the rule error_optimization"),
+    (["mlp", "--rule", "error_optimization", "--momentum", "1"], "momentum must be"),
     (["rnn", "--rule", "strict", "--order", "nested"], "--order is not an option of the rule strict, but of fixed"),
     (["mlp", "--rule", "zero", "--steps", "3"], "--steps is not an option of the rule zero"),
     (["mlp", "--order", "nested"], "the model mlp has none; drop it"),

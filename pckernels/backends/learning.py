@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from pckernels.backends.feedforward import Bound, Local, Place, vjp
+from pckernels.call import Call
 from pckernels.products import outer_products, stacked
 
 
@@ -109,6 +110,16 @@ class LocalUpdates:
                 if total is not None:
                     _accumulate(direct, name, total)
         return direct
+
+
+def learned(bound: Bound, call: Call, locals_: Mapping[str, Local], errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What all vertices learn from these errors at these predictions, by parameter; nothing where a call does not learn."""
+    if not call.learn:
+        return {}
+    updates = LocalUpdates(bound, call.factor)
+    for name, error in errors.items():
+        updates.learn(locals_[name], error)
+    return updates.gradients()
 
 
 @dataclass

@@ -14,9 +14,20 @@ import torch
 from torch import Tensor
 
 from pckernels.backends.closed_form import sweep
+from pckernels.backends.error_optimization import optimize_errors
 from pckernels.backends.feedforward import Bound, Local, feedback
-from pckernels.backends.learning import LocalUpdates
-from pckernels.backends.results import Frozen, Tensors, bound_updates, diverged, energy, feed_forward_outcome, full_errors, outcome
+from pckernels.backends.learning import LocalUpdates, learned
+from pckernels.backends.results import (
+    Frozen,
+    Tensors,
+    Trajectory,
+    bound_updates,
+    diverged,
+    energy,
+    feed_forward_outcome,
+    full_errors,
+    outcome,
+)
 from pckernels.call import Call, Objective, Outcome, Snapshot
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
@@ -33,6 +44,8 @@ def run(call: Call) -> Outcome:
         if dynamics.moves == "values":
             relax = _arrive if dynamics.learn_on_arrival else _relax_values
             return relax(Bound(graph.levelled() if dynamics.learn_on_arrival else graph, call), call)
+        if dynamics.moves == "free_errors":
+            return optimize_errors(Bound(graph, call), call)
         return sweep(call) if dynamics.closed_form else _relax_errors(Bound(graph, call), call)
 
 
@@ -117,21 +130,16 @@ def _relax_values(bound: Bound, call: Call) -> Outcome:
     start = state.losses
     groups = sweep_groups(graph, dynamics.sweep)
     resting = Resting(graph, dynamics.tolerance, start) if dynamics.tolerance is not None else None
-    energies, history = [state.energy()], [state.snapshot()] if call.record else None
+    trajectory = Trajectory(state, call.record)
     for _ in range(steps_on(graph, dynamics.steps)):
         moves = [state.move(group, dynamics.rate, dynamics.momentum, resting.mask if resting else None) for group in groups]
-        energies.append(state.energy())
-        if history is not None:
-            history.append(state.snapshot())
+        trajectory.add()
         if resting and resting.after(moves):
             break
-    updates = LocalUpdates(bound, call.factor)
-    if call.learn:
-        for name, error in state.errors.items():
-            updates.learn(state.locals[name], error)
-    trajectory = torch.stack(energies)
-    plan = f"strict dynamics, {dynamics.sweep} sweeps, {len(energies) - 1} steps over {len(graph.hidden)} value nodes"
-    return outcome(bound, call, start, state, trajectory, diverged(trajectory), updates.gradients() if call.learn else {}, history, plan)
+    gradients = learned(bound, call, state.locals, state.errors)
+    energies = trajectory.energies
+    plan = f"strict dynamics, {dynamics.sweep} sweeps, {trajectory.steps} steps over {len(graph.hidden)} value nodes"
+    return outcome(bound, call, start, state, energies, diverged(energies), gradients, trajectory.history, plan)
 
 
 class Resting:
@@ -214,11 +222,8 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
             squares[t] = energy(squares[t], [frozen.errors[name] for name in group if name in frozen.errors])
             if call.record:
                 states[t].update({name: frozen.errors[name] for name in group if name in frozen.errors})
-    updates = LocalUpdates(bound, call.factor)
-    if call.learn:
-        for name, error in frozen.errors.items():
-            updates.learn(bound.locals[name], error)
+    gradients = learned(bound, call, bound.locals, frozen.errors)
     history = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
     order = "one time step after the other, " if dynamics.nested else ""
     plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes"
-    return outcome(bound, call, losses, frozen, torch.stack(squares), None, updates.gradients() if call.learn else {}, history, plan)
+    return outcome(bound, call, losses, frozen, torch.stack(squares), None, gradients, history, plan)

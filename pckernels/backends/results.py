@@ -56,6 +56,40 @@ class Frozen:
         return Snapshot({name: self.value(name) for name in names}, {name: errors[name] for name in names})
 
 
+class Descent(Relaxed, Protocol):
+    """A state that descends the energy."""
+
+    def energy(self) -> Tensor: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+
+class Trajectory:
+    """Energies, and with `record` whole states, at t = 0 .. T."""
+
+    def __init__(self, state: Descent, record: bool):
+        self.state = state
+        self._energies: list[Tensor] = []
+        self.history: list[Snapshot] | None = [] if record else None
+        self.add()
+
+    def add(self) -> None:
+        """Take down the present state."""
+        self._energies.append(self.state.energy())
+        if self.history is not None:
+            self.history.append(self.state.snapshot())
+
+    @property
+    def steps(self) -> int:
+        """How many have been taken down after the start."""
+        return len(self._energies) - 1
+
+    @property
+    def energies(self) -> Tensor:
+        """(steps + 1,)."""
+        return torch.stack(self._energies)
+
+
 class Lazy:
     """A value computed when it is first asked for."""
 
