@@ -213,7 +213,8 @@ class PCNetwork(nn.Module):
             if optimizer is not None:
                 optimizer.zero_grad()
             self._commit(module, call, outcome)
-        return Inference(outcome, name, why, objective, divisor, self.check)
+            clamped_outputs = {} if objective is None or call.dynamics.is_nudged else objective.clamped
+        return Inference(outcome, name, why, clamped_outputs, divisor, self.check)
 
     def _check(self, outcome: Outcome) -> None:
         if self.check == "sync" and not bool(outcome.good):
@@ -239,8 +240,8 @@ class Inference:
         history: with record=True, `.values` and `.errors` at every step t = 0 .. T; otherwise None.
     """
 
-    def __init__(self, outcome: Outcome, backend: str, why: str, objective: Objective | None, divisor: int, check: str):
-        self._outcome, self._objective, self._divisor, self._check = outcome, objective, divisor, check
+    def __init__(self, outcome: Outcome, backend: str, why: str, clamped: Mapping[str, Tensor], divisor: int, check: str):
+        self._outcome, self._outputs, self._divisor, self._check = outcome, clamped, divisor, check
         self.backend, self.plan = backend, f"{outcome.plan} ({why})" if why else outcome.plan
         self._values: dict[str, Tensor] | None = None
 
@@ -254,7 +255,7 @@ class Inference:
 
     @property
     def energy(self) -> Tensor:
-        """(steps + 1,): F at t = 0 .. T, summed over the batch."""
+        """(steps + 1,): F at t = 0 .. T, summed over the batch; of a nudged rule F_beta, hidden energy + beta * loss."""
         if self._outcome.losses is None:
             raise RuntimeError("There is no energy without a target. Call infer(x, target).")
         self._raise_deferred()
@@ -262,14 +263,14 @@ class Inference:
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Vertex -> its value node; of an output the target (squared error) or its prediction."""
+        """Vertex -> its value node; of an output the target (squared error, not nudged) or its prediction."""
         if self._values is None:
             self._values = self._clamped(self._outcome.values())
         return self._values
 
     @property
     def errors(self) -> dict[str, Tensor]:
-        """Vertex -> its error; of an output -dloss/dprediction, with the loss summed over the batch."""
+        """Vertex -> its error; of an output -dloss/dprediction, with the loss summed over the batch (nudged: times beta)."""
         return self._outcome.errors()
 
     @property
@@ -278,7 +279,7 @@ class Inference:
         return None if history is None else [Snapshot(self._clamped(moment.values), moment.errors) for moment in history]
 
     def _clamped(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {**values, **(self._objective.clamped if self._objective is not None else {})}
+        return {**values, **self._outputs}
 
     def _raise_deferred(self) -> None:
         if self._check == "deferred" and not bool(self._outcome.good):

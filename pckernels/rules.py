@@ -1,9 +1,10 @@
 """The learning rules, as data: no tensors here, and no code that runs them (design: a rule reaches a backend as data)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+Nudge = float | tuple[str, float]
 SWEEPS = ("jacobi", "top_down", "red_black")
 
 
@@ -19,6 +20,7 @@ class Dynamics:
         closed_form: give the T-step errors by backward sweeps in place of the steps.
         nested: relax one time step after the other, from the last to the first.
         learn_on_arrival: on the levelled graph, a vertex learns after as many updates as its distance, not after T.
+        nudges: one relaxation for each factor beta of the loss in F; what is learned is their mean, each divided by its beta.
     """
 
     moves: str
@@ -30,6 +32,12 @@ class Dynamics:
     closed_form: bool = False
     nested: bool = False
     learn_on_arrival: bool = False
+    nudges: tuple[float, ...] = (1.0,)
+
+    @property
+    def is_nudged(self) -> bool:
+        """Whether the loss pulls with another factor than 1: then no target is the value of an output."""
+        return self.nudges != (1.0,)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,14 @@ class Rule:
     """
 
     exact: ClassVar[bool]
+
+    def __new__(cls, *args: Any, **options: Any) -> "Rule":
+        """Refuse an option that only other rules have, in a sentence that names them."""
+        for name in options:
+            owners = [rule.__name__ for rule in Rule.__subclasses__() if name in _options_of(rule)]
+            if owners and name not in _options_of(cls):
+                raise TypeError(f"{name}= is an option of {' and '.join(owners)}, not of {cls.__name__}; drop it, or choose such a rule.")
+        return super().__new__(cls)
 
     @property
     def dynamics(self) -> Dynamics:
@@ -61,8 +77,14 @@ class Strict(Rule):
             distances, then the even. One step is one full sweep.
         tolerance: a sample rests after the first step in which no entry of its value nodes moved by more than this
             (absolute, in the units of the values); the steps end when all samples rest. None runs all steps.
+        nudge: beta, not 0, of either sign: the values descend F_beta = hidden energy + beta * loss, and what is learned is divided
+            by beta. Relaxed to equilibrium it is backprop's gradient up to O(beta). ("centered", beta), beta > 0: the mean of
+            what is learned at +beta and at -beta, each relaxed from the feed-forward start; then up to O(beta^2). None is 1.
+            Values, errors, energy and history are those of F_beta, of the +beta relaxation where there are two: the error
+            of an output is -beta dloss/dmu, its value mu. `inference.loss` is the loss itself.
 
-    Source: Rao & Ballard 1999; Whittington & Bogacz 2017; "Strict" after Rosenbaum 2022 (arXiv 2106.13082).
+    Source: Rao & Ballard 1999; Whittington & Bogacz 2017; "Strict" after Rosenbaum 2022 (arXiv 2106.13082). Nudging is that of
+    equilibrium propagation (arXiv 1602.05179), centered in predictive coding as in arXiv 2606.03584.
     """
 
     exact: ClassVar[bool] = False
@@ -72,15 +94,17 @@ class Strict(Rule):
     momentum: float = 0.0
     sweep: str = "jacobi"
     tolerance: float | None = None
+    nudge: Nudge | None = None
 
     def __post_init__(self) -> None:
         require_descent(self.steps, self.rate, self.momentum, self.sweep)
         if self.tolerance is not None:
             require_number("tolerance", self.tolerance, above=0.0)
+        require_nudge(self.nudge)
 
     @property
     def dynamics(self) -> Dynamics:
-        return Dynamics("values", self.steps, self.rate, self.momentum, self.sweep, self.tolerance)
+        return Dynamics("values", self.steps, self.rate, self.momentum, self.sweep, self.tolerance, nudges=_betas(self.nudge))
 
 
 @dataclass(frozen=True)
@@ -188,6 +212,29 @@ def require_descent(steps: Any, rate: Any, momentum: Any, sweep: Any) -> None:
     require_number("rate", rate, above=0.0)
     require_number("momentum", momentum, at_least=0.0, below=1.0)
     require_choice("sweep", sweep, SWEEPS)
+
+
+def require_nudge(nudge: Any) -> None:
+    """Raise unless `nudge` is None, beta, or ("centered", beta)."""
+    if isinstance(nudge, tuple):
+        if len(nudge) != 2 or nudge[0] != "centered":
+            raise ValueError(f'nudge must be beta or ("centered", beta); got {nudge!r}.')
+        require_number("the beta of a centered nudge", nudge[1], above=0.0)
+    elif nudge is not None:
+        if isinstance(nudge, bool) or not isinstance(nudge, int | float):
+            raise TypeError(f'nudge must be a float beta, or the tuple ("centered", beta); got {type(nudge).__name__}.')
+        if nudge == 0 or not math.isfinite(nudge):
+            raise ValueError(f"nudge must be finite and not 0, since what is learned is divided by it; got {nudge}.")
+
+
+def _betas(nudge: Nudge | None) -> tuple[float, ...]:
+    if isinstance(nudge, tuple):
+        return float(nudge[1]), -float(nudge[1])
+    return (1.0,) if nudge is None else (float(nudge),)
+
+
+def _options_of(rule: type[Rule]) -> set[str]:
+    return {option.name for option in fields(rule)}
 
 
 def require_number(

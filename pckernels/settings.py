@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .rules import ErrorOptimization, FixedPrediction, Rule, Strict, ZeroDivergence
+from .rules import ErrorOptimization, FixedPrediction, Nudge, Rule, Strict, ZeroDivergence
 
 RULES: dict[str, type[Rule]] = {
     "fixed": FixedPrediction,
@@ -13,7 +13,7 @@ RULES: dict[str, type[Rule]] = {
     "zero": ZeroDivergence,
     "error_optimization": ErrorOptimization,
 }
-RULE_OPTIONS = ("steps", "rate", "solver", "order", "momentum", "sweep")
+RULE_OPTIONS = ("steps", "rate", "solver", "order", "momentum", "sweep", "nudge")
 LEARNERS = ("pc", "backprop")
 LOSSES = ("squared_error", "cross_entropy")
 REDUCTIONS = ("sum", "mean")
@@ -67,6 +67,7 @@ class TrainConfig:
     order: str | None = None
     momentum: float | None = None
     sweep: str | None = None
+    nudge: Nudge | None = None
     backend: str | None = None
     loss: str = "squared_error"
     reduction: str | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import plot, settings
 from .jsonfile import add_json_argument, write_json
+from .rules import Nudge
 from .settings import TrainConfig, complete
 from .training import Diverged, Result, path_of, read_data, require_free, train
 
@@ -59,6 +60,7 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--order", choices=("global", "nested"), help="of fixed; default: nested for rnn and lstm")
     group.add_argument("--momentum", type=float, help="of what moves (strict, error_optimization)")
     group.add_argument("--sweep", choices=("jacobi", "top_down", "red_black"), help="of strict and error_optimization; default: jacobi")
+    group.add_argument("--nudge", nargs="+", metavar="BETA", help="of strict: BETA or centered BETA, how hard the loss pulls")
     group.add_argument("--backend", help="default: auto; `pckernels info` lists them")
 
 
@@ -110,11 +112,24 @@ def configurations(args: argparse.Namespace) -> list[TrainConfig]:
     """The complete settings of each learner asked for, in the order in which they are trained."""
     chosen = {option.name: getattr(args, option.name) for option in fields(TrainConfig)}
     chosen["hidden"] = tuple(args.hidden) if args.hidden else None
+    chosen["nudge"] = _nudge(args.nudge) if args.nudge else None
     if args.learner != "both":
         return [complete(TrainConfig(**chosen))]
     pc = TrainConfig(**{**chosen, "learner": "pc"})
     foreign: dict[str, Any] = dict.fromkeys(("rule", *settings.RULE_OPTIONS, "backend"))
     return [complete(pc), complete(replace(pc, learner="backprop", **foreign))]
+
+
+def _nudge(words: list[str]) -> Nudge:
+    """BETA, or centered BETA."""
+    *kind, beta = words
+    try:
+        number = float(beta)
+    except ValueError:
+        kind = ["not a number"]
+    if kind not in ([], ["centered"]):
+        raise ValueError(f"--nudge takes a number, or the word centered and a number; got {' '.join(words)}.")
+    return ("centered", number) if kind else number
 
 
 def _print_results(results: list[Result]) -> None:

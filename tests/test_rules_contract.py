@@ -13,9 +13,16 @@ import pckernels as pck
 
 RULES: dict[str, pck.rules.Rule] = {
     "error_optimization": pck.ErrorOptimization(4, 0.2, momentum=0.5),
+    "nudged": pck.Strict(4, 0.2, momentum=0.5, nudge=-0.2),
+    "centered": pck.Strict(3, 0.2, sweep="red_black", nudge=("centered", 0.4)),
+    "resting": pck.Strict(9, 0.2, tolerance=2e-2, nudge=("centered", 0.4)),
     "error_optimization_top_down": pck.ErrorOptimization(3, 0.2, sweep="top_down"),
 }
-WILD: dict[str, pck.rules.Rule] = {"error_optimization": pck.ErrorOptimization(60, 40.0)}
+WILD: dict[str, pck.rules.Rule] = {
+    "error_optimization": pck.ErrorOptimization(60, 40.0),
+    "nudged": pck.Strict(60, 40.0, nudge=0.5),
+    "centered": pck.Strict(60, 40.0, nudge=("centered", 0.5)),
+}
 
 Gradients = dict[str, Tensor]
 
@@ -132,13 +139,14 @@ def test_infer_leaves_everything_alone(case, rule) -> None:
     before = copy.deepcopy(module.state_dict())
     inference = pck.PCNetwork(module, rule).infer(x, target, record=True)
     steps = rule.dynamics.steps
-    assert len(inference.history) == steps + 1 and inference.energy.shape == (steps + 1,)
+    assert inference.energy.shape == (len(inference.history),)
+    assert len(inference.history) == steps + 1 or (rule.dynamics.tolerance and 2 < len(inference.history) <= steps)
     assert all(p.grad is None for p in module.parameters())
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert inference.energy[-1] < inference.energy[0]
-    assert torch.equal(inference.values["output"], target) and torch.allclose(
-        inference.history[0].errors["output"], target - module(x), rtol=1e-12
-    )
+    beta = rule.dynamics.nudges[0]
+    assert torch.allclose(inference.history[0].errors["output"], beta * (target - module(x)), rtol=1e-12)
+    assert torch.equal(inference.values["output"], target) == (not rule.dynamics.is_nudged)
     feed_forward = pck.PCNetwork(module, rule).infer(x)
     assert torch.equal(feed_forward.values["output"], module(x))
 
@@ -249,6 +257,23 @@ BAD_RULES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: pck.ErrorOptimization(2, 0.0), ValueError, "rate must be finite and greater than 0"),
     (lambda: pck.ErrorOptimization(2, "fast"), TypeError, "rate must be a float"),
     (lambda: pck.ErrorOptimization(2, 0.1, momentum=1.0), ValueError, "momentum must be"),
+    (lambda: pck.Strict(2, 0.1, nudge=0), ValueError, "nudge must be finite and not 0"),
+    (lambda: pck.Strict(2, 0.1, nudge=float("nan")), ValueError, "nudge must be finite and not 0"),
+    (lambda: pck.Strict(2, 0.1, nudge=True), TypeError, "nudge must be a float beta"),
+    (lambda: pck.Strict(2, 0.1, nudge="centered"), TypeError, "nudge must be a float beta, or the tuple"),
+    (lambda: pck.Strict(2, 0.1, nudge=["centered", 0.1]), TypeError, "nudge must be a float beta, or the tuple"),
+    (lambda: pck.Strict(2, 0.1, nudge=("centered",)), ValueError, "nudge must be beta or"),
+    (lambda: pck.Strict(2, 0.1, nudge=("left", 0.1)), ValueError, "nudge must be beta or"),
+    (lambda: pck.Strict(2, 0.1, nudge=("centered", -0.1)), ValueError, "beta of a centered nudge must be finite and greater than 0"),
+    (lambda: pck.Strict(2, 0.1, nudge=("centered", "0.1")), TypeError, "beta of a centered nudge must be a float"),
+    (lambda: pck.FixedPrediction(2, 0.1, nudge=0.1), TypeError, "nudge= is an option of Strict, not of FixedPrediction; drop it"),
+    (lambda: pck.ZeroDivergence(nudge=0.1), TypeError, "nudge= is an option of Strict, not of ZeroDivergence"),
+    (
+        lambda: pck.ErrorOptimization(2, 0.1, solver="sweep"),
+        TypeError,
+        "solver= is an option of FixedPrediction and Zero",
+    ),
+    (lambda: pck.Strict(2, 0.1, speed=3), TypeError, "unexpected keyword argument 'speed'"),
     (lambda: pck.ErrorOptimization(2, 0.1, sweep="sideways"), ValueError, "sweep must be one of"),
 ]
 

@@ -62,6 +62,21 @@ def test_error_optimization_equals_the_loop(name: str, course: str) -> None:
         assert_follows(name, Expected(exact, rough))
 
 
+NUDGES = {"positive": (0.3,), "negative": (-0.2,), "centered": (0.25, -0.25)}
+
+
+@pytest.mark.parametrize("nudge", NUDGES)
+@pytest.mark.parametrize("course", COURSES)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
+def test_nudged_inference_equals_the_loop(name: str, course: str, nudge: str) -> None:
+    case, network, plain = subject(name)
+    betas = NUDGES[nudge]
+    for steps in (0, 1, STEPS):
+        network.rule = pck.Strict(steps, RATE, **COURSES[course], nudge=betas[0] if len(betas) == 1 else ("centered", betas[0]))
+        exact, rough = (rules.nudged(loop, betas, steps, RATE, **COURSES[course]) for loop in (case.oracle, plain))
+        assert_follows(name, Expected(exact, rough))
+
+
 def test_the_loop_of_error_optimization_descends_its_own_energy() -> None:
     """The oracle checks itself: its drives are -dF/deps by central differences."""
     rng = np.random.default_rng(0)

@@ -64,11 +64,24 @@ def test_an_exact_rule_has_backprop_s_losses(options):
         assert worst < 1e-9, pc
 
 
-def test_a_rule_that_is_not_exact_is_seen():
+@pytest.mark.parametrize(
+    "rule", [{"rule": "strict"}, {"rule": "strict", "nudge": 0.5}, {"rule": "error_optimization"}, {"rule": "fixed"}], ids=str
+)
+def test_a_rule_that_is_not_exact_is_seen(rule):
     config = TrainConfig("mlp", hidden=(20, 15), dtype="float64", batches=5)
     backprop = losses(dataclasses.replace(config, learner="backprop"))
-    for pc in ({"rule": "strict", "steps": 3}, {"rule": "error_optimization", "steps": 3}, {"rule": "fixed", "steps": 3}):
-        assert abs(losses(dataclasses.replace(config, **pc))[-1] / backprop[-1] - 1) > 1e-6
+    assert abs(losses(dataclasses.replace(config, **rule, steps=3))[-1] / backprop[-1] - 1) > 1e-6
+
+
+@pytest.mark.parametrize(("words", "nudge"), [(["-0.2"], -0.2), (["centered", "0.5"], ("centered", 0.5))])
+def test_the_nudge_of_the_command_line_is_the_rule_s_and_resumes(words, nudge, tmp_path):
+    options = ["mlp", "--rule", "strict", "--steps", 3, "--nudge", *words, "--hidden", 8, *SMALL, "--out", tmp_path]
+    assert run(*options, "--batches", 2) == 0
+    assert run(*options, "--resume") == 0
+    config = TrainConfig("mlp", rule="strict", steps=3, nudge=nudge, hidden=(8,), train_samples=96, test_samples=32, batch_size=16)
+    result = train(config, report=silent)
+    assert result.network.rule.nudge == nudge
+    assert float(rows(tmp_path / "pc.csv")[-1]["loss"]) == result.loss
 
 
 def test_both_learners_leave_metrics_curves_settings_and_json(tmp_path, capsys):
@@ -283,6 +296,11 @@ BAD = [
     (["mlp", "--sweep", "top_down"], "--sweep is not an option of the rule fixed, but of strict"),
     (["mlp", "--rule", "error_optimization", "--solver", "sweep"], "--solver is not an option of the rule error_optimization"),
     (["mlp", "--rule", "error_optimization", "--momentum", "1"], "momentum must be"),
+    (["mlp", "--nudge", "0.1"], "--nudge is not an option of the rule fixed, but of strict"),
+    (["mlp", "--rule", "strict", "--nudge", "0"], "nudge must be finite and not 0"),
+    (["mlp", "--rule", "strict", "--nudge", "left", "0.1"], "--nudge takes a number, or the word centered and a number; got left 0.1"),
+    (["mlp", "--rule", "strict", "--nudge", "centered"], "--nudge takes a number, or the word centered and a number"),
+    (["mlp", "--rule", "strict", "--nudge", "centered", "-1"], "beta of a centered nudge must be"),
     (["rnn", "--rule", "strict", "--order", "nested"], "--order is not an option of the rule strict, but of fixed"),
     (["mlp", "--rule", "zero", "--steps", "3"], "--steps is not an option of the rule zero"),
     (["mlp", "--order", "nested"], "the model mlp has none; drop it"),

@@ -86,6 +86,6 @@ def optimize_errors(bound: Bound, call: Call) -> Outcome:
         for group in groups:
             state.move(group, dynamics.rate, dynamics.momentum)
         trajectory.add()
-    gradients, energies = learned(bound, call, state.locals, state.errors), trajectory.energies
+    gradients, energies = learned(bound, call, state), trajectory.energies
     plan = f"error optimisation, {dynamics.sweep} sweeps, {trajectory.steps} steps over {len(graph.hidden)} errors"
     return outcome(bound, call, start, state, energies, diverged(energies), gradients, trajectory.history, plan)

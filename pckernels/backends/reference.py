@@ -9,6 +9,7 @@ predictions whose parents are all clamped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,15 +54,16 @@ class State:
     """Values, predictions and errors of a graph at one moment.
 
     Values are kept as displacements d_i = v_i - (feed-forward value), so that eps_i = d_i - (mu_i - its feed-forward
-    value) loses no digits near equilibrium.
+    value) loses no digits near equilibrium. The loss pulls with the factor beta: eps_out = -beta dloss/dmu_out.
     """
 
-    def __init__(self, bound: Bound, objective: Objective):
-        self.bound, self.graph, self.objective = bound, bound.graph, objective
+    def __init__(self, bound: Bound, objective: Objective, beta: float = 1.0):
+        self.bound, self.graph, self.objective, self.beta = bound, bound.graph, objective, beta
         self.displacements: Tensors = {}
         self.locals: dict[str, Local] = dict(bound.locals)
         self.velocities: Tensors = {}
-        self.losses, self.errors = objective({name: bound.mu[name] for name in self.graph.outputs})
+        self.errors: Tensors = {}
+        self._observe()
 
     def value(self, name: str) -> Tensor:
         """v_i; of an output, which has no free value, its prediction."""
@@ -106,16 +108,20 @@ class State:
             if name not in self.graph.outputs:
                 self.errors[name] = self._error(name)
         if any(name in self.graph.outputs for name in children):
-            self.losses, at_outputs = self.objective({name: self.locals[name].mu.detach() for name in self.graph.outputs})
-            self.errors.update(at_outputs)
+            self._observe()
+
+    def _observe(self) -> None:
+        """The losses at the present predictions, and the errors that they put at the outputs."""
+        self.losses, errors = self.objective({name: self.locals[name].mu.detach() for name in self.graph.outputs})
+        self.errors.update(errors if self.beta == 1.0 else {name: self.beta * error for name, error in errors.items()})
 
     def _error(self, name: str) -> Tensor:
         change = self.locals[name].mu.detach() - self.bound.mu[name]
         return self.displacements[name] - change if name in self.displacements else -change
 
     def energy(self) -> Tensor:
-        """F: half the squared hidden errors, and the loss, summed over the batch."""
-        return energy(self.losses, [error for name, error in self.errors.items() if name not in self.graph.outputs])
+        """F: half the squared hidden errors, and beta times the loss, summed over the batch."""
+        return energy(self.beta * self.losses, [error for name, error in self.errors.items() if name not in self.graph.outputs])
 
     def snapshot(self) -> Snapshot:
         names = [vertex.name for vertex in self.graph.vertices]
@@ -123,23 +129,49 @@ class State:
 
 
 def _relax_values(bound: Bound, call: Call) -> Outcome:
-    """Gradient descent of F on the values; predictions and Jacobians follow at every step."""
+    """Gradient descent of F on the values, once for each nudge; then weights learn from the fresh errors of all."""
+    nudges = call.dynamics.nudges
+    phases = [_descend(bound, call, beta) for beta in nudges]
+    gradients = learned(bound, call, *[phase.state for phase in phases], coefficients=[1.0 / (beta * len(nudges)) for beta in nudges])
+    outcomes = [phase.outcome(call) for phase in phases]
+    good = torch.stack([each.good for each in outcomes]).all()
+    return replace(outcomes[0], gradients=gradients, good=good, complaint=lambda: _first_bad(outcomes).complaint())
+
+
+def _first_bad(outcomes: list[Outcome]) -> Outcome:
+    return next(each for each in outcomes if not bool(each.good))
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """One relaxation: its losses at the start, its last state, and its course."""
+
+    start: Tensor
+    state: State
+    trajectory: Trajectory
+
+    def outcome(self, call: Call) -> Outcome:
+        dynamics, bound, energies = call.dynamics, self.state.bound, self.trajectory.energies
+        nudged = f"nudged by {' and '.join(f'{beta:+g}' for beta in dynamics.nudges)}, " if dynamics.is_nudged else ""
+        course = f"{dynamics.sweep} sweeps, {self.trajectory.steps} steps over {len(bound.graph.hidden)} value nodes"
+        plan = f"strict dynamics, {nudged}{course}"
+        return outcome(bound, call, self.start, self.state, energies, diverged(energies), {}, self.trajectory.history, plan)
+
+
+def _descend(bound: Bound, call: Call, beta: float) -> _Phase:
+    """T steps of the values; predictions and Jacobians follow at every step."""
     dynamics, graph = call.dynamics, bound.graph
     assert call.objective is not None
-    state = State(bound, call.objective)
-    start = state.losses
+    state = State(bound, call.objective, beta)
+    start, trajectory = state.losses, Trajectory(state, call.record)
     groups = sweep_groups(graph, dynamics.sweep)
     resting = Resting(graph, dynamics.tolerance, start) if dynamics.tolerance is not None else None
-    trajectory = Trajectory(state, call.record)
     for _ in range(steps_on(graph, dynamics.steps)):
         moves = [state.move(group, dynamics.rate, dynamics.momentum, resting.mask if resting else None) for group in groups]
         trajectory.add()
         if resting and resting.after(moves):
             break
-    gradients = learned(bound, call, state.locals, state.errors)
-    energies = trajectory.energies
-    plan = f"strict dynamics, {dynamics.sweep} sweeps, {trajectory.steps} steps over {len(graph.hidden)} value nodes"
-    return outcome(bound, call, start, state, energies, diverged(energies), gradients, trajectory.history, plan)
+    return _Phase(start, state, trajectory)
 
 
 class Resting:
@@ -222,7 +254,7 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
             squares[t] = energy(squares[t], [frozen.errors[name] for name in group if name in frozen.errors])
             if call.record:
                 states[t].update({name: frozen.errors[name] for name in group if name in frozen.errors})
-    gradients = learned(bound, call, bound.locals, frozen.errors)
+    gradients = learned(bound, call, frozen)
     history = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
     order = "one time step after the other, " if dynamics.nested else ""
     plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes"

@@ -42,7 +42,7 @@ class Frozen:
     """Errors over the predictions of the feed-forward pass."""
 
     def __init__(self, bound: Bound, errors: Tensors):
-        self.bound, self.errors = bound, errors
+        self.bound, self.locals, self.errors = bound, bound.locals, errors
 
     def value(self, name: str) -> Tensor:
         """v_i = mu_i + eps_i; of an output its prediction."""
@@ -178,4 +178,5 @@ def complaint(
     if step == 0:
         where = f"The energy is not finite in the feed-forward pass (at {worst!r})."
         return f"{where} Look for NaN or infinity in the inputs, targets and parameters."
-    return f"Inference diverged at step {step}, the largest error at {worst!r}. Use a smaller rate than {dynamics.rate:g}."
+    remedy = f"a smaller rate than {dynamics.rate:g}" + (", or a nudge nearer to 0" if dynamics.is_nudged else "")
+    return f"Inference diverged at step {step}, the largest error at {worst!r}. Use {remedy}."

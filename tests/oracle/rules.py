@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from oracle.layers import Array
 from oracle.strict import StrictLoop, Trajectory
 
 Arrays = dict[str, Array]
+
+
+def nudged(loop: StrictLoop, betas: Sequence[float], steps: int, rate: float, **options: object) -> Trajectory:
+    """Strict on F_beta = hidden energy + beta * loss: the trajectory of the first beta, and the mean of dF_beta/dtheta / beta."""
+    loss, error = loop.loss
+    runs = []
+    for beta in betas:
+        scaled = (lambda mu, y, b=beta: b * loss(mu, y)), (lambda mu, y, b=beta: b * error(mu, y))
+        runs.append(StrictLoop(loop.clamped, loop.vertices, loop.target, scaled).run(steps, rate, **options))
+    mean = {name: sum(run.gradients[name] / beta for run, beta in zip(runs, betas, strict=True)) / len(betas) for name in runs[0].gradients}
+    return replace(runs[0], gradients=mean)
 
 
 def error_optimization(loop: StrictLoop, steps: int, rate: float, momentum: float = 0.0, sweep: str = "jacobi") -> Trajectory:
