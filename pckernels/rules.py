@@ -1,7 +1,7 @@
 """The learning rules, as data: no tensors here, and no code that runs them (design: a rule reaches a backend as data)."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 Nudge = float | tuple[str, float]
@@ -20,6 +20,8 @@ class Dynamics:
         closed_form: give the T-step errors by backward sweeps in place of the steps.
         nested: relax one time step after the other, from the last to the first.
         learn_on_arrival: on the levelled graph, a vertex learns after as many updates as its distance, not after T.
+        learn_at_each_step: values and weights move together at every step, in place of values first and weights at the end.
+        weight_rate: by how much of their reduced gradient the weights then move; None leaves that to the call's optimizer.
         nudges: one relaxation for each factor beta of the loss in F; what is learned is their mean, each divided by its beta.
     """
 
@@ -32,6 +34,8 @@ class Dynamics:
     closed_form: bool = False
     nested: bool = False
     learn_on_arrival: bool = False
+    learn_at_each_step: bool = False
+    weight_rate: float | None = None
     nudges: tuple[float, ...] = (1.0,)
 
     @property
@@ -140,6 +144,48 @@ class ErrorOptimization(Rule):
     @property
     def dynamics(self) -> Dynamics:
         return Dynamics("free_errors", self.steps, self.rate, self.momentum, self.sweep)
+
+
+@dataclass(frozen=True)
+class Incremental(Rule):
+    """Values and weights descend the energy F together, at every step, from the same old state (iPC).
+
+    Step t, with everything on the right from the state before it: v_i <- v_i - rate dF/dv_i as in Strict, and
+    theta_i <- theta_i - weight_rate dF/dtheta_i, a local update; then predictions and errors are those of the new values and the new
+    weights. From the feed-forward start the first step moves the weights of the output alone, by backprop's gradient there.
+
+    `PCNetwork.backward` and `infer` move a copy of the weights, by weight_rate times the reduced gradient, and leave the module's
+    own alone; `backward` adds the sum of the T gradients to `.grad`. `PCNetwork.step` moves the module's own parameters, by
+    its optimizer at each of the T steps; weight_rate then has no part in it. `inference.energy` is F(v_t, theta_t) at t = 0 .. T, and
+    `inference.values` and `errors` are of v_T and theta_T.
+
+    Args:
+        steps: T, the number of steps, and of moves of the weights.
+        rate: step size of the value nodes, > 0.
+        weight_rate: step size of the weights in `backward` and `infer`, at least 0; None where only `step` is called.
+        momentum: of the value nodes, in [0, 1); velocity <- momentum * velocity + drive.
+        sweep: of the value nodes, as in Strict. Weights move once a step, by their gradient at its start.
+
+    Source: Salvatori et al. 2022 (arXiv 2212.00720).
+    """
+
+    exact: ClassVar[bool] = False
+
+    steps: int
+    rate: float
+    weight_rate: float | None = None
+    momentum: float = 0.0
+    sweep: str = "jacobi"
+
+    def __post_init__(self) -> None:
+        require_descent(self.steps, self.rate, self.momentum, self.sweep)
+        if self.weight_rate is not None:
+            require_number("weight_rate", self.weight_rate, at_least=0.0)
+
+    @property
+    def dynamics(self) -> Dynamics:
+        course = Dynamics("values", self.steps, self.rate, self.momentum, self.sweep)
+        return replace(course, learn_at_each_step=True, weight_rate=self.weight_rate)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .rules import ErrorOptimization, FixedPrediction, Nudge, Rule, Strict, ZeroDivergence
+from .rules import ErrorOptimization, FixedPrediction, Incremental, Nudge, Rule, Strict, ZeroDivergence
 
 RULES: dict[str, type[Rule]] = {
     "fixed": FixedPrediction,
     "strict": Strict,
     "zero": ZeroDivergence,
     "error_optimization": ErrorOptimization,
+    "incremental": Incremental,
 }
 RULE_OPTIONS = ("steps", "rate", "solver", "order", "momentum", "sweep", "nudge")
 LEARNERS = ("pc", "backprop")
@@ -34,6 +35,7 @@ STEPS = {
     "fixed": {"mlp": 100, "cnn": 100, "rnn": 100, "lstm": 200},
     "strict": dict.fromkeys(MODELS, 20),
     "error_optimization": dict.fromkeys(MODELS, 20),
+    "incremental": dict.fromkeys(MODELS, 20),
 }
 RATE = 0.1
 TEMPERATURES = {"squared_error": 0.05, "cross_entropy": 1.0}
@@ -48,6 +50,7 @@ class TrainConfig:
 
     Attributes:
         learner: "pc" or "backprop"; the options of the rule and `backend` belong to "pc" alone.
+        nudge: beta, or ("centered", beta), as in rules.Strict.
         batches: stop after so many batches, wherever in an epoch that is.
         train_samples, test_samples: use so many, evenly spaced over the data.
         hidden: the widths of the hidden layers (mlp), or the one width (rnn, lstm).
@@ -135,6 +138,8 @@ def _rule_defaults(config: TrainConfig) -> dict[str, Any]:
     if "steps" in options:
         defaults["steps"] = STEPS[rule][config.model] if config.steps is None else config.steps
         defaults["rate"] = RATE if config.rate is None else config.rate
+    if rule == "incremental" and config.lr is None:
+        defaults["lr"] = DEFAULTS[config.model]["lr"] / max(1, defaults["steps"])  # the optimizer takes so many steps a batch
     if "order" in options and config.model in ("rnn", "lstm"):
         defaults["order"] = config.order or "nested"
     return defaults

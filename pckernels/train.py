@@ -58,8 +58,8 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rate", type=float, help="of inference (default: 0.1)")
     group.add_argument("--solver", help="closed_form or iterate (fixed), sweep or iterate (zero)")
     group.add_argument("--order", choices=("global", "nested"), help="of fixed; default: nested for rnn and lstm")
-    group.add_argument("--momentum", type=float, help="of what moves (strict, error_optimization)")
-    group.add_argument("--sweep", choices=("jacobi", "top_down", "red_black"), help="of strict and error_optimization; default: jacobi")
+    group.add_argument("--momentum", type=float, help="of values or errors (all but fixed and zero)")
+    group.add_argument("--sweep", choices=("jacobi", "top_down", "red_black"), help="of all but fixed and zero; default: jacobi")
     group.add_argument("--nudge", nargs="+", metavar="BETA", help="of strict: BETA or centered BETA, how hard the loss pulls")
     group.add_argument("--backend", help="default: auto; `pckernels info` lists them")
 
@@ -82,7 +82,7 @@ def _add_course(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", choices=settings.OPTIMIZERS, default="sgd", help="default: sgd")
     group.add_argument("--optimizer-momentum", type=float, metavar="M", help="of sgd (default: 0)")
     rates = ", ".join(f"{name} {defaults['lr']:g}" for name, defaults in settings.DEFAULTS.items())
-    group.add_argument("--lr", type=float, help=f"learning rate (default: {rates})")
+    group.add_argument("--lr", type=float, help=f"learning rate (default: {rates}; incremental: divided by its steps)")
     group.add_argument("--seed", type=int, default=0, help="default: 0")
 
 

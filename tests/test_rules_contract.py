@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -16,12 +17,15 @@ RULES: dict[str, pck.rules.Rule] = {
     "nudged": pck.Strict(4, 0.2, momentum=0.5, nudge=-0.2),
     "centered": pck.Strict(3, 0.2, sweep="red_black", nudge=("centered", 0.4)),
     "resting": pck.Strict(9, 0.2, tolerance=2e-2, nudge=("centered", 0.4)),
+    "incremental": pck.Incremental(4, 0.2, 0.05, momentum=0.5),
+    "incremental_red_black": pck.Incremental(4, 0.2, 0.05, sweep="red_black"),
     "error_optimization_top_down": pck.ErrorOptimization(3, 0.2, sweep="top_down"),
 }
 WILD: dict[str, pck.rules.Rule] = {
     "error_optimization": pck.ErrorOptimization(60, 40.0),
     "nudged": pck.Strict(60, 40.0, nudge=0.5),
     "centered": pck.Strict(60, 40.0, nudge=("centered", 0.5)),
+    "incremental": pck.Incremental(60, 40.0, 0.1),
 }
 
 Gradients = dict[str, Tensor]
@@ -75,11 +79,12 @@ def learned(
 
 
 def moves_weights(rule: pck.rules.Rule) -> bool:
-    return False
+    """Then values depend on the reduction, and samples meet in the weights."""
+    return isinstance(rule, pck.Incremental)
 
 
 def with_still_weights(rule: pck.rules.Rule) -> pck.rules.Rule:
-    return rule
+    return dataclasses.replace(rule, weight_rate=0.0) if isinstance(rule, pck.Incremental) else rule
 
 
 def assert_same(found: Gradients, expected: Gradients, tolerance: float = 1e-12) -> None:
@@ -152,10 +157,8 @@ def test_infer_leaves_everything_alone(case, rule) -> None:
 
 
 def test_samples_do_not_mix(case, rule) -> None:
-    if moves_weights(rule):
-        pytest.skip("the weights of Incremental move by the whole batch, so its samples do meet in them")
     module, x, target = case
-    network = pck.PCNetwork(module, rule)
+    network = pck.PCNetwork(module, with_still_weights(rule))
     together, alone = network.infer(x, target).errors, [network.infer(x[k : k + 1], target[k : k + 1]).errors for k in range(len(x))]
     for name, error in together.items():
         assert torch.allclose(error, torch.cat([one[name] for one in alone]), rtol=1e-12, atol=1e-14), name
@@ -273,6 +276,12 @@ BAD_RULES: list[tuple[Callable[[], object], type[Exception], str]] = [
         TypeError,
         "solver= is an option of FixedPrediction and Zero",
     ),
+    (lambda: pck.Incremental(2, 0.1, solver="closed_form"), TypeError, "solver= is an option of .* not of Incremental"),
+    (lambda: pck.Incremental(2, 0.1, nudge=0.1), TypeError, "nudge= is an option of Strict, not of Incremental"),
+    (lambda: pck.Incremental(2, 0.1, -0.1), ValueError, "weight_rate must be finite and at least 0"),
+    (lambda: pck.Incremental(2, 0.1, "slow"), TypeError, "weight_rate must be a float"),
+    (lambda: pck.Incremental(2, -0.1, 0.1), ValueError, "rate must be finite and greater than 0"),
+    (lambda: pck.Strict(2, 0.1, weight_rate=0.1), TypeError, "weight_rate= is an option of Incremental, not of Strict"),
     (lambda: pck.Strict(2, 0.1, speed=3), TypeError, "unexpected keyword argument 'speed'"),
     (lambda: pck.ErrorOptimization(2, 0.1, sweep="sideways"), ValueError, "sweep must be one of"),
 ]

@@ -3,13 +3,15 @@ what the weights learn after each number of steps."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from oracle import rules, strict_models
-from oracle.extended import Expected
+from oracle.extended import Expected, compare_all
 from oracle.strict import StrictLoop
 from oracle.strict_models import Case
 
@@ -60,6 +62,26 @@ def test_error_optimization_equals_the_loop(name: str, course: str) -> None:
         network.rule = pck.ErrorOptimization(steps, RATE, **COURSES[course])
         exact, rough = (rules.error_optimization(loop, steps, RATE, **COURSES[course]) for loop in (case.oracle, plain))
         assert_follows(name, Expected(exact, rough))
+
+
+@pytest.mark.parametrize("course", COURSES)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_incremental_equals_the_loop(name: str, course: str) -> None:
+    """With weights that move by about as much as in training, in every vertex."""
+    case, network, plain = subject(name)
+    for steps in range(STEPS + 1):
+        network.rule = pck.Incremental(steps, RATE, 0.05, **COURSES[course])
+        exact, rough = (rules.incremental(loop, steps, RATE, 0.05, **COURSES[course]) for loop in (case.oracle, plain))
+        before = copy.deepcopy(case.module.state_dict())
+        assert_follows(name, Expected(exact[0], rough[0]))
+        assert all(torch.equal(value, before[key]) for key, value in case.module.state_dict().items())
+        module = copy.deepcopy(case.module)
+        options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
+        live = pck.PCNetwork(module, network.rule, **options)
+        live._traces = network._traces  # of the same code: to trace is what takes the time
+        inference = live.step(case.x, case.target, torch.optim.SGD(module.parameters(), 0.05))
+        Expected(exact[0], rough[0]).energies(inference.energy)
+        compare_all({key: p.detach() for key, p in module.named_parameters()}, exact[1], rough[1], "weight")
 
 
 NUDGES = {"positive": (0.3,), "negative": (-0.2,), "centered": (0.25, -0.25)}

@@ -65,7 +65,9 @@ def test_an_exact_rule_has_backprop_s_losses(options):
 
 
 @pytest.mark.parametrize(
-    "rule", [{"rule": "strict"}, {"rule": "strict", "nudge": 0.5}, {"rule": "error_optimization"}, {"rule": "fixed"}], ids=str
+    "rule",
+    [{"rule": "strict"}, {"rule": "strict", "nudge": 0.5}, {"rule": "error_optimization"}, {"rule": "incremental"}, {"rule": "fixed"}],
+    ids=str,
 )
 def test_a_rule_that_is_not_exact_is_seen(rule):
     config = TrainConfig("mlp", hidden=(20, 15), dtype="float64", batches=5)
@@ -82,6 +84,11 @@ def test_the_nudge_of_the_command_line_is_the_rule_s_and_resumes(words, nudge, t
     result = train(config, report=silent)
     assert result.network.rule.nudge == nudge
     assert float(rows(tmp_path / "pc.csv")[-1]["loss"]) == result.loss
+
+
+def test_the_default_learning_rate_of_incremental_is_shared_among_its_steps():
+    assert complete(TrainConfig("mlp", rule="incremental", steps=8)).lr == complete(TrainConfig("mlp")).lr / 8
+    assert complete(TrainConfig("mlp", rule="incremental", lr=0.3)).lr == 0.3
 
 
 def test_both_learners_leave_metrics_curves_settings_and_json(tmp_path, capsys):
@@ -121,7 +128,11 @@ def test_reduction_changes_the_gradient_and_not_the_loss_that_is_reported():
     assert losses(dataclasses.replace(by_sum, lr=0.2 / 16)) == pytest.approx(losses(dataclasses.replace(by_mean, lr=0.2)), rel=1e-9)
 
 
-@pytest.mark.parametrize("options", [{"learner": "backprop"}, {"rule": "zero"}, {"rule": "error_optimization", "steps": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"learner": "backprop"}, {"rule": "zero"}, {"rule": "error_optimization", "steps": 8}, {"rule": "incremental", "steps": 8}],
+    ids=str,
+)
 def test_training_learns_digits(options):
     assert train(TrainConfig("mlp", hidden=(30,), epochs=4, **options), report=silent).accuracy > 0.85
 
@@ -296,6 +307,8 @@ BAD = [
     (["mlp", "--sweep", "top_down"], "--sweep is not an option of the rule fixed, but of strict"),
     (["mlp", "--rule", "error_optimization", "--solver", "sweep"], "--solver is not an option of the rule error_optimization"),
     (["mlp", "--rule", "error_optimization", "--momentum", "1"], "momentum must be"),
+    (["mlp", "--rule", "incremental", "--nudge", "0.1"], "--nudge is not an option of the rule incremental, but of strict"),
+    (["mlp", "--rule", "incremental", "--solver", "closed_form"], "--solver is not an option of the rule incremental, but of fixed"),
     (["mlp", "--nudge", "0.1"], "--nudge is not an option of the rule fixed, but of strict"),
     (["mlp", "--rule", "strict", "--nudge", "0"], "nudge must be finite and not 0"),
     (["mlp", "--rule", "strict", "--nudge", "left", "0.1"], "--nudge takes a number, or the word centered and a number; got left 0.1"),

@@ -178,5 +178,6 @@ def complaint(
     if step == 0:
         where = f"The energy is not finite in the feed-forward pass (at {worst!r})."
         return f"{where} Look for NaN or infinity in the inputs, targets and parameters."
-    remedy = f"a smaller rate than {dynamics.rate:g}" + (", or a nudge nearer to 0" if dynamics.is_nudged else "")
+    other = ", or a nudge nearer to 0" if dynamics.is_nudged else ", or smaller steps of the weights" if dynamics.learn_at_each_step else ""
+    remedy = f"a smaller rate than {dynamics.rate:g}{other}"
     return f"Inference diverged at step {step}, the largest error at {worst!r}. Use {remedy}."

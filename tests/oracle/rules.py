@@ -24,6 +24,33 @@ def nudged(loop: StrictLoop, betas: Sequence[float], steps: int, rate: float, **
     return replace(runs[0], gradients=mean)
 
 
+def incremental(
+    loop: StrictLoop, steps: int, rate: float, weight_rate: float, momentum: float = 0.0, sweep: str = "jacobi"
+) -> tuple[Trajectory, Arrays]:
+    """Values and weights from the same old state at every step: the trajectory, with the sum of the gradients; and the last weights."""
+    theta = {name: array for u in loop.vertices for name, array in u.function.parameters().items()}
+    before = {name: array.copy() for name, array in theta.items()}
+    v = loop._feed_forward()
+    velocity = {u.name: np.zeros_like(v[u.name]) for u in loop.hidden}
+    total = {name: np.zeros_like(array) for name, array in theta.items()}
+    values, errors, energies = [], [], []
+    for t in range(steps + 1):
+        mu = loop._predict(v)
+        values.append({u.name: v[u.name].copy() for u in loop.hidden})
+        errors.append(loop._errors(v, mu))
+        energies.append(loop._energy(errors[-1], mu))
+        if t < steps:
+            gradients = loop._learn(v, errors[-1])
+            loop._sweep(v, velocity, rate, momentum, sweep)
+            for name, gradient in gradients.items():
+                total[name] += gradient
+                theta[name] -= weight_rate * gradient
+    after = {name: array.copy() for name, array in theta.items()}
+    for name, array in theta.items():
+        array[...] = before[name]
+    return Trajectory(values, errors, energies, total), after
+
+
 def error_optimization(loop: StrictLoop, steps: int, rate: float, momentum: float = 0.0, sweep: str = "jacobi") -> Trajectory:
     """eps_i <- eps_i + rate * velocity_i, velocity_i <- momentum * velocity_i - dF/deps_i, with v_i = mu_i + eps_i all the way down."""
     at_start = loop._feed_forward()
