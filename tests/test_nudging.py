@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import pckernels as pck
 
 BETAS = (0.05, 0.025, 0.0125)
-MOMENTUM, STEPS, STILL = 0.9, 500, 1e-11
+MOMENTUM, STEPS, STILL = 0.7, 180, 1e-11
 
 
 @cache
