@@ -5,11 +5,13 @@ from pckernels.autograd import backward
 from pckernels.dispatch import Support, backends
 from pckernels.errors import InferenceDiverged, Unsupported
 from pckernels.network import Inference, PCNetwork
-from pckernels.rules import FixedPrediction, Strict, ZeroDivergence
+from pckernels.rules import ErrorOptimization, FixedPrediction, Incremental, Strict, ZeroDivergence
 from pckernels.version import __version__
 
 __all__ = [
+    "ErrorOptimization",
     "FixedPrediction",
+    "Incremental",
     "Inference",
     "InferenceDiverged",
     "PCNetwork",

@@ -14,6 +14,9 @@ from pckernels.rules import Dynamics
 # Predictions of the output vertices -> loss of each sample (B,), and each output's error -dL/dmu with L summed over the batch.
 Objective = Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
+# Parameters and their gradients, times the call's factor -> both have been given to an optimizer. The list of gradients is used up.
+Update = Callable[[list[Tensor], list[Tensor]], None]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -28,6 +31,8 @@ class Call:
         record: whether values and errors are kept at every step.
         factor: what the local updates are multiplied by: reduction and loss scale.
         size: B, or None where no input has a batch.
+        divisor: the reduction's part in the factor: B for the mean, 1 for the sum.
+        update: moves live parameters by their gradients, where a rule that learns at each step has an optimizer.
         memo: what a backend finds out about the call before it runs it.
     """
 
@@ -39,6 +44,8 @@ class Call:
     record: bool
     factor: float | Tensor
     size: int | None = None
+    divisor: int = 1
+    update: Update | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
 

@@ -121,6 +121,12 @@ def compile_steps(
     """
     if dynamics.tolerance is not None:
         raise Unsupported("tolerance= lets each sample rest by itself, which only the reference does")
+    if dynamics.learn_at_each_step:
+        raise Unsupported("weights that move at every step would have to be written inside of the steps, which only the reference does")
+    if dynamics.is_nudged:
+        raise Unsupported("a nudge weighs the loss against the hidden energy, which only the reference does")
+    if dynamics.moves == "free_errors":
+        raise Unsupported("errors that move by themselves need a pass forwards and back at every step, which only the reference does")
     if dynamics.learn_on_arrival:
         raise Unsupported("the literal zero-divergence dynamics run on the levelled graph, which only the reference has")
     steps = steps_on(graph, dynamics.steps)

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from pckernels import dispatch
 from pckernels.arguments import Arguments, check_inputs, clamped, module_key
-from pckernels.call import Call, Outcome, Snapshot
+from pckernels.call import Call, Outcome, Snapshot, Update
 from pckernels.capture import first_line, speaks_of_dtypes
 from pckernels.deposit import deposit
 from pckernels.dispatch import Run
-from pckernels.errors import InferenceDiverged
+from pckernels.errors import InferenceDiverged, Unsupported
 from pckernels.graph import ComputationGraph, Trace, trace
 from pckernels.losses import Loss, check_loss
 from pckernels.objective import Objective
 from pckernels.placement import check_value_nodes
+from pckernels.rollback import Rollback
 from pckernels.rules import Rule, require_choice
 
 _TRACES = 16  # per network; a new training mode, dtype, device or sequence length takes one
@@ -33,7 +34,7 @@ class PCNetwork(nn.Module):
 
     Args:
         module: any nn.Module that torch.export can capture.
-        rule: Strict, FixedPrediction or ZeroDivergence.
+        rule: Strict, ErrorOptimization, Incremental, FixedPrediction or ZeroDivergence.
         loss: "squared_error" (1/2 sum over features), "cross_entropy" (logits with classes last, int64 targets, -100
             ignored, summed over positions), or f(output, target) -> (B,); per sample, batch first.
         reduction: "mean" divides `.grad` and `inference.loss` by the batch size alone, "sum" leaves them.
@@ -104,6 +105,8 @@ class PCNetwork(nn.Module):
     def backward(self, *args: Any, target: Any = _MISSING, scale: float | Tensor = 1.0, **kwargs: Any) -> Inference:
         """Relax for T steps, then add the local updates to `.grad` of the module's parameters: backward(x, target).
 
+        Incremental moves a copy of the parameters at each step, and adds the sum of its T gradients.
+
         Args:
             args: the module's inputs, and the target as the last one unless `target=` is given.
             target: structured as the module's output; None in place of an output that carries no loss.
@@ -123,7 +126,11 @@ class PCNetwork(nn.Module):
     def step(
         self, *args: Any, target: Any = _MISSING, optimizer: torch.optim.Optimizer | None = None, scale: float | Tensor = 1.0, **kwargs: Any
     ) -> Inference:
-        """zero_grad, backward, optimizer.step: step(x, target, optimizer)."""
+        """zero_grad, backward, optimizer.step: step(x, target, optimizer).
+
+        Incremental does this at each of its T steps, so that `.grad` is that of the last; if anything is raised, as InferenceDiverged
+        is after the T steps, parameters, `.grad` and the optimizer's state are as they were before the first.
+        """
         if optimizer is None and args and isinstance(args[-1], torch.optim.Optimizer):
             *rest, optimizer = args
             args = tuple(rest)
@@ -131,9 +138,27 @@ class PCNetwork(nn.Module):
             raise TypeError("step needs an optimizer over the module's parameters: step(x, target, optimizer).")
         inputs, target = _with_target(args, target, "step")
         _check_scale(scale)
+        if self.rule.dynamics.learn_at_each_step:
+            return self._step_at_each_step(inputs, kwargs, target, scale, optimizer)
         inference = self._run(inputs, kwargs, target, scale, learn=True, record=False, optimizer=optimizer)
         optimizer.step()
         return inference
+
+    def _step_at_each_step(
+        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], target: Any, scale: float | Tensor, optimizer: torch.optim.Optimizer
+    ) -> Inference:
+        if self.check == "deferred":
+            raise Unsupported(
+                'Incremental steps the optimizer before check="deferred" can know whether all is well. Use check="sync", or backward.'
+            )
+
+        def update(parameters: list[Tensor], gradients: list[Tensor]) -> None:
+            optimizer.zero_grad()
+            deposit(self.module, parameters, gradients)
+            optimizer.step()
+
+        with Rollback(self.module, optimizer):
+            return self._run(inputs, kwargs, target, scale, learn=True, record=False, update=update)
 
     def infer(self, *args: Any, target: Any = _MISSING, record: bool = False, **kwargs: Any) -> Inference:
         """As `backward`, without touching `.grad`; without a target, the feed-forward values.
@@ -197,23 +222,26 @@ class PCNetwork(nn.Module):
         learn: bool,
         record: bool,
         optimizer: torch.optim.Optimizer | None = None,
+        update: Update | None = None,
     ) -> Inference:
+        if target is not None:
+            _check_weight_rate(self.rule, update)
         module = _unwrapped(self.module)
         with torch.inference_mode(False):
             arguments = Arguments(args, kwargs, self.batch_dim)
             traced = self._trace(arguments)
             objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync")
             divisor = (arguments.size or 1) if self.reduction == "mean" else 1
-            call = Call(
-                traced, _tensors(traced, module, arguments), objective, self.rule.dynamics, learn, record, scale / divisor, arguments.size
-            )
+            tensors, factor = _tensors(traced, module, arguments), scale / divisor
+            call = Call(traced, tensors, objective, self.rule.dynamics, learn, record, factor, arguments.size, divisor, update)
             name, run, why = dispatch.choose(self.backend, call)
             outcome = _explaining(module, run, call)
             self._check(outcome)
             if optimizer is not None:
                 optimizer.zero_grad()
             self._commit(module, call, outcome)
-        return Inference(outcome, name, why, objective, divisor, self.check)
+            clamped_outputs = {} if objective is None or call.dynamics.is_nudged else objective.clamped
+        return Inference(outcome, name, why, clamped_outputs, divisor, self.check)
 
     def _check(self, outcome: Outcome) -> None:
         if self.check == "sync" and not bool(outcome.good):
@@ -239,8 +267,8 @@ class Inference:
         history: with record=True, `.values` and `.errors` at every step t = 0 .. T; otherwise None.
     """
 
-    def __init__(self, outcome: Outcome, backend: str, why: str, objective: Objective | None, divisor: int, check: str):
-        self._outcome, self._objective, self._divisor, self._check = outcome, objective, divisor, check
+    def __init__(self, outcome: Outcome, backend: str, why: str, clamped: Mapping[str, Tensor], divisor: int, check: str):
+        self._outcome, self._outputs, self._divisor, self._check = outcome, clamped, divisor, check
         self.backend, self.plan = backend, f"{outcome.plan} ({why})" if why else outcome.plan
         self._values: dict[str, Tensor] | None = None
 
@@ -254,7 +282,7 @@ class Inference:
 
     @property
     def energy(self) -> Tensor:
-        """(steps + 1,): F at t = 0 .. T, summed over the batch."""
+        """(steps + 1,): F at t = 0 .. T, summed over the batch; of a nudged rule F_beta, hidden energy + beta * loss."""
         if self._outcome.losses is None:
             raise RuntimeError("There is no energy without a target. Call infer(x, target).")
         self._raise_deferred()
@@ -262,14 +290,14 @@ class Inference:
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Vertex -> its value node; of an output the target (squared error) or its prediction."""
+        """Vertex -> its value node; of an output the target (squared error, not nudged) or its prediction."""
         if self._values is None:
             self._values = self._clamped(self._outcome.values())
         return self._values
 
     @property
     def errors(self) -> dict[str, Tensor]:
-        """Vertex -> its error; of an output -dloss/dprediction, with the loss summed over the batch."""
+        """Vertex -> its error; of an output -dloss/dprediction, with the loss summed over the batch (nudged: times beta)."""
         return self._outcome.errors()
 
     @property
@@ -278,7 +306,7 @@ class Inference:
         return None if history is None else [Snapshot(self._clamped(moment.values), moment.errors) for moment in history]
 
     def _clamped(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {**values, **(self._objective.clamped if self._objective is not None else {})}
+        return {**values, **self._outputs}
 
     def _raise_deferred(self) -> None:
         if self._check == "deferred" and not bool(self._outcome.good):
@@ -298,6 +326,15 @@ def _check_scale(scale: Any) -> None:
         raise TypeError(f"scale must be a number or a tensor with one element; got {type(scale).__name__}.")
     elif scale != scale or scale in (float("inf"), float("-inf")):
         raise ValueError(f"scale must be finite; got {scale}.")
+
+
+def _check_weight_rate(rule: Rule, update: Update | None) -> None:
+    dynamics = rule.dynamics
+    if dynamics.learn_at_each_step and dynamics.weight_rate is None and update is None:
+        raise ValueError(
+            f"{type(rule).__name__} moves the weights at every step, and has no weight_rate to move them by. "
+            "Give it one, or call step(x, target, optimizer)."
+        )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

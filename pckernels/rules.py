@@ -1,9 +1,10 @@
 """The learning rules, as data: no tensors here, and no code that runs them (design: a rule reaches a backend as data)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+Nudge = float | tuple[str, float]
 SWEEPS = ("jacobi", "top_down", "red_black")
 
 
@@ -12,12 +13,16 @@ class Dynamics:
     """What a backend needs to know of a rule; backends know no rule by name.
 
     Attributes:
-        moves: "values" (predictions follow the moving values) or "errors" (predictions stay at the feed-forward pass).
+        moves: "values" (predictions follow the moving values), "errors" (predictions stay at the feed-forward pass) or
+            "free_errors" (values follow the moving errors by a forward pass).
         steps: T, or None for the depth of the graph.
         rate, momentum, sweep, tolerance: as in Strict.
         closed_form: give the T-step errors by backward sweeps in place of the steps.
         nested: relax one time step after the other, from the last to the first.
         learn_on_arrival: on the levelled graph, a vertex learns after as many updates as its distance, not after T.
+        learn_at_each_step: values and weights move together at every step, in place of values first and weights at the end.
+        weight_rate: by how much of their reduced gradient the weights then move; None leaves that to the call's optimizer.
+        nudges: one relaxation for each factor beta of the loss in F; what is learned is their mean, each divided by its beta.
     """
 
     moves: str
@@ -29,6 +34,14 @@ class Dynamics:
     closed_form: bool = False
     nested: bool = False
     learn_on_arrival: bool = False
+    learn_at_each_step: bool = False
+    weight_rate: float | None = None
+    nudges: tuple[float, ...] = (1.0,)
+
+    @property
+    def is_nudged(self) -> bool:
+        """Whether the loss pulls with another factor than 1: then no target is the value of an output."""
+        return self.nudges != (1.0,)
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,14 @@ class Rule:
     """
 
     exact: ClassVar[bool]
+
+    def __new__(cls, *args: Any, **options: Any) -> "Rule":
+        """Refuse an option that only other rules have, in a sentence that names them."""
+        for name in options:
+            owners = [rule.__name__ for rule in Rule.__subclasses__() if name in _options_of(rule)]
+            if owners and name not in _options_of(cls):
+                raise TypeError(f"{name}= is an option of {' and '.join(owners)}, not of {cls.__name__}; drop it, or choose such a rule.")
+        return super().__new__(cls)
 
     @property
     def dynamics(self) -> Dynamics:
@@ -60,8 +81,14 @@ class Strict(Rule):
             distances, then the even. One step is one full sweep.
         tolerance: a sample rests after the first step in which no entry of its value nodes moved by more than this
             (absolute, in the units of the values); the steps end when all samples rest. None runs all steps.
+        nudge: beta, not 0, of either sign: the values descend F_beta = hidden energy + beta * loss, and what is learned is divided
+            by beta. Relaxed to equilibrium it is backprop's gradient up to O(beta). ("centered", beta), beta > 0: the mean of
+            what is learned at +beta and at -beta, each relaxed from the feed-forward start; then up to O(beta^2). None is 1.
+            Values, errors, energy and history are those of F_beta, of the +beta relaxation where there are two: the error
+            of an output is -beta dloss/dmu, its value mu. `inference.loss` is the loss itself.
 
-    Source: Rao & Ballard 1999; Whittington & Bogacz 2017; "Strict" after Rosenbaum 2022 (arXiv 2106.13082).
+    Source: Rao & Ballard 1999; Whittington & Bogacz 2017; "Strict" after Rosenbaum 2022 (arXiv 2106.13082). Nudging is that of
+    equilibrium propagation (arXiv 1602.05179), centered in predictive coding as in arXiv 2606.03584.
     """
 
     exact: ClassVar[bool] = False
@@ -71,18 +98,94 @@ class Strict(Rule):
     momentum: float = 0.0
     sweep: str = "jacobi"
     tolerance: float | None = None
+    nudge: Nudge | None = None
 
     def __post_init__(self) -> None:
-        require_steps(self.steps)
-        require_number("rate", self.rate, above=0.0)
-        require_number("momentum", self.momentum, at_least=0.0, below=1.0)
-        require_choice("sweep", self.sweep, SWEEPS)
+        require_descent(self.steps, self.rate, self.momentum, self.sweep)
         if self.tolerance is not None:
             require_number("tolerance", self.tolerance, above=0.0)
+        require_nudge(self.nudge)
 
     @property
     def dynamics(self) -> Dynamics:
-        return Dynamics("values", self.steps, self.rate, self.momentum, self.sweep, self.tolerance)
+        return Dynamics("values", self.steps, self.rate, self.momentum, self.sweep, self.tolerance, nudges=_betas(self.nudge))
+
+
+@dataclass(frozen=True)
+class ErrorOptimization(Rule):
+    """Gradient descent of the energy F on the errors themselves; the values follow by a forward pass (ePC).
+
+    With v_i = mu_i(v_pa(i)) + eps_i, F(eps) = sum of 1/2 ||eps_i||^2 + loss(mu_out), and with delta_i = -dL/dv_i through that
+    pass: velocity_i <- momentum * velocity_i + (delta_i - eps_i); eps_i <- eps_i + rate * velocity_i. Weights then learn
+    locally, from eps_i and the values v_pa(i), as with every rule.
+
+    It has the equilibria of Strict, and on deep networks needs far fewer steps: what the loss says reaches every vertex in
+    one step, undamped. Its inference is not local: each step is a forward pass and a backward sweep over the whole graph.
+
+    Args:
+        steps: T, the number of inference steps; 0 leaves the feed-forward pass. The paper takes 5.
+        rate: step size of the errors, > 0. The paper takes 0.001, so small that the errors are nearly rate * steps * delta.
+        momentum: in [0, 1); velocity <- momentum * velocity + drive.
+        sweep: as in Strict; here each group of a sweep costs a pass forwards and back.
+
+    Source: Goemaere et al. 2025 (arXiv 2505.20137).
+    """
+
+    exact: ClassVar[bool] = False
+
+    steps: int
+    rate: float
+    momentum: float = 0.0
+    sweep: str = "jacobi"
+
+    def __post_init__(self) -> None:
+        require_descent(self.steps, self.rate, self.momentum, self.sweep)
+
+    @property
+    def dynamics(self) -> Dynamics:
+        return Dynamics("free_errors", self.steps, self.rate, self.momentum, self.sweep)
+
+
+@dataclass(frozen=True)
+class Incremental(Rule):
+    """Values and weights descend the energy F together, at every step, from the same old state (iPC).
+
+    Step t, with everything on the right from the state before it: v_i <- v_i - rate dF/dv_i as in Strict, and
+    theta_i <- theta_i - weight_rate dF/dtheta_i, a local update; then predictions and errors are those of the new values and the new
+    weights. From the feed-forward start the first step moves the weights of the output alone, by backprop's gradient there.
+
+    `PCNetwork.backward` and `infer` move a copy of the weights, by weight_rate times the reduced gradient, and leave the module's
+    own alone; `backward` adds the sum of the T gradients to `.grad`. `PCNetwork.step` moves the module's own parameters, by
+    its optimizer at each of the T steps; weight_rate then has no part in it. `inference.energy` is F(v_t, theta_t) at t = 0 .. T, and
+    `inference.values` and `errors` are of v_T and theta_T.
+
+    Args:
+        steps: T, the number of steps, and of moves of the weights.
+        rate: step size of the value nodes, > 0.
+        weight_rate: step size of the weights in `backward` and `infer`, at least 0; None where only `step` is called.
+        momentum: of the value nodes, in [0, 1); velocity <- momentum * velocity + drive.
+        sweep: of the value nodes, as in Strict. Weights move once a step, by their gradient at its start.
+
+    Source: Salvatori et al. 2022 (arXiv 2212.00720).
+    """
+
+    exact: ClassVar[bool] = False
+
+    steps: int
+    rate: float
+    weight_rate: float | None = None
+    momentum: float = 0.0
+    sweep: str = "jacobi"
+
+    def __post_init__(self) -> None:
+        require_descent(self.steps, self.rate, self.momentum, self.sweep)
+        if self.weight_rate is not None:
+            require_number("weight_rate", self.weight_rate, at_least=0.0)
+
+    @property
+    def dynamics(self) -> Dynamics:
+        course = Dynamics("values", self.steps, self.rate, self.momentum, self.sweep)
+        return replace(course, learn_at_each_step=True, weight_rate=self.weight_rate)
 
 
 @dataclass(frozen=True)
@@ -147,6 +250,37 @@ def require_steps(steps: Any) -> None:
         raise TypeError(f"steps must be an int, the number of inference steps T; got {type(steps).__name__}.")
     if steps < 0:
         raise ValueError(f"steps must be 0 or more; got {steps}.")
+
+
+def require_descent(steps: Any, rate: Any, momentum: Any, sweep: Any) -> None:
+    """Raise unless these can be the course of a rule that descends the energy."""
+    require_steps(steps)
+    require_number("rate", rate, above=0.0)
+    require_number("momentum", momentum, at_least=0.0, below=1.0)
+    require_choice("sweep", sweep, SWEEPS)
+
+
+def require_nudge(nudge: Any) -> None:
+    """Raise unless `nudge` is None, beta, or ("centered", beta)."""
+    if isinstance(nudge, tuple):
+        if len(nudge) != 2 or nudge[0] != "centered":
+            raise ValueError(f'nudge must be beta or ("centered", beta); got {nudge!r}.')
+        require_number("the beta of a centered nudge", nudge[1], above=0.0)
+    elif nudge is not None:
+        if isinstance(nudge, bool) or not isinstance(nudge, int | float):
+            raise TypeError(f'nudge must be a float beta, or the tuple ("centered", beta); got {type(nudge).__name__}.')
+        if nudge == 0 or not math.isfinite(nudge):
+            raise ValueError(f"nudge must be finite and not 0, since what is learned is divided by it; got {nudge}.")
+
+
+def _betas(nudge: Nudge | None) -> tuple[float, ...]:
+    if isinstance(nudge, tuple):
+        return float(nudge[1]), -float(nudge[1])
+    return (1.0,) if nudge is None else (float(nudge),)
+
+
+def _options_of(rule: type[Rule]) -> set[str]:
+    return {option.name for option in fields(rule)}
 
 
 def require_number(

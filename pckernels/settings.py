@@ -5,10 +5,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .rules import FixedPrediction, Rule, Strict, ZeroDivergence
+from .rules import ErrorOptimization, FixedPrediction, Incremental, Nudge, Rule, Strict, ZeroDivergence
 
-RULES: dict[str, type[Rule]] = {"fixed": FixedPrediction, "strict": Strict, "zero": ZeroDivergence}
-RULE_OPTIONS = ("steps", "rate", "solver", "order", "momentum", "sweep")
+RULES: dict[str, type[Rule]] = {
+    "fixed": FixedPrediction,
+    "strict": Strict,
+    "zero": ZeroDivergence,
+    "error_optimization": ErrorOptimization,
+    "incremental": Incremental,
+}
+RULE_OPTIONS = ("steps", "rate", "solver", "order", "momentum", "sweep", "nudge")
 LEARNERS = ("pc", "backprop")
 LOSSES = ("squared_error", "cross_entropy")
 REDUCTIONS = ("sum", "mean")
@@ -25,7 +31,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "rnn": {"reduction": "sum", "batch_size": 1, "lr": 3e-3, "hidden": (256,)},
     "lstm": {"reduction": "sum", "batch_size": 64, "lr": 5e-5, "hidden": (1056,), "sequence": 50},
 }
-STEPS = {"fixed": {"mlp": 100, "cnn": 100, "rnn": 100, "lstm": 200}, "strict": dict.fromkeys(MODELS, 20)}
+STEPS = {
+    "fixed": {"mlp": 100, "cnn": 100, "rnn": 100, "lstm": 200},
+    "strict": dict.fromkeys(MODELS, 20),
+    "error_optimization": dict.fromkeys(MODELS, 20),
+    "incremental": dict.fromkeys(MODELS, 20),
+}
 RATE = 0.1
 TEMPERATURES = {"squared_error": 0.05, "cross_entropy": 1.0}
 
@@ -39,6 +50,7 @@ class TrainConfig:
 
     Attributes:
         learner: "pc" or "backprop"; the options of the rule and `backend` belong to "pc" alone.
+        nudge: beta, or ("centered", beta), as in rules.Strict.
         batches: stop after so many batches, wherever in an epoch that is.
         train_samples, test_samples: use so many, evenly spaced over the data.
         hidden: the widths of the hidden layers (mlp), or the one width (rnn, lstm).
@@ -58,6 +70,7 @@ class TrainConfig:
     order: str | None = None
     momentum: float | None = None
     sweep: str | None = None
+    nudge: Nudge | None = None
     backend: str | None = None
     loss: str = "squared_error"
     reduction: str | None = None
@@ -125,6 +138,8 @@ def _rule_defaults(config: TrainConfig) -> dict[str, Any]:
     if "steps" in options:
         defaults["steps"] = STEPS[rule][config.model] if config.steps is None else config.steps
         defaults["rate"] = RATE if config.rate is None else config.rate
+    if rule == "incremental" and config.lr is None:
+        defaults["lr"] = DEFAULTS[config.model]["lr"] / max(1, defaults["steps"])  # the optimizer takes so many steps a batch
     if "order" in options and config.model in ("rnn", "lstm"):
         defaults["order"] = config.order or "nested"
     return defaults
@@ -138,7 +153,7 @@ def _refuse_foreign_options(config: TrainConfig, rule: str, options: set[str]) -
     for name in RULE_OPTIONS:
         if name not in options and getattr(config, name) is not None:
             owners = " and ".join(other for other in RULES if name in _options_of(other))
-            raise ValueError(f"--{name} is not an option of the rule {rule}, but of {owners}; drop it, or choose that rule.")
+            raise ValueError(f"--{name} is not an option of the rule {rule}, but of {owners}; drop it, or choose such a rule.")
 
 
 def _require_choices(config: TrainConfig) -> None:

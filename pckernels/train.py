@@ -11,6 +11,7 @@ from typing import Any
 
 from . import plot, settings
 from .jsonfile import add_json_argument, write_json
+from .rules import Nudge
 from .settings import TrainConfig, complete
 from .training import Diverged, Result, path_of, read_data, require_free, train
 
@@ -53,12 +54,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_rule(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("predictive coding")
     group.add_argument("--rule", choices=tuple(settings.RULES), help="default: fixed, the paper's")
-    group.add_argument("--steps", type=int, metavar="T", help="inference steps (default: fixed 100, lstm 200; strict 20)")
+    group.add_argument("--steps", type=int, metavar="T", help="inference steps (default: fixed 100, lstm 200; others 20)")
     group.add_argument("--rate", type=float, help="of inference (default: 0.1)")
     group.add_argument("--solver", help="closed_form or iterate (fixed), sweep or iterate (zero)")
     group.add_argument("--order", choices=("global", "nested"), help="of fixed; default: nested for rnn and lstm")
-    group.add_argument("--momentum", type=float, help="of the value nodes (strict)")
-    group.add_argument("--sweep", choices=("jacobi", "top_down", "red_black"), help="of strict; default: jacobi")
+    group.add_argument("--momentum", type=float, help="of values or errors (all but fixed and zero)")
+    group.add_argument("--sweep", choices=("jacobi", "top_down", "red_black"), help="of all but fixed and zero; default: jacobi")
+    group.add_argument("--nudge", nargs="+", metavar="BETA", help="of strict: BETA or centered BETA, how hard the loss pulls")
     group.add_argument("--backend", help="default: auto; `pckernels info` lists them")
 
 
@@ -80,7 +82,7 @@ def _add_course(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", choices=settings.OPTIMIZERS, default="sgd", help="default: sgd")
     group.add_argument("--optimizer-momentum", type=float, metavar="M", help="of sgd (default: 0)")
     rates = ", ".join(f"{name} {defaults['lr']:g}" for name, defaults in settings.DEFAULTS.items())
-    group.add_argument("--lr", type=float, help=f"learning rate (default: {rates})")
+    group.add_argument("--lr", type=float, help=f"learning rate (default: {rates}; incremental: divided by its steps)")
     group.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
@@ -110,11 +112,24 @@ def configurations(args: argparse.Namespace) -> list[TrainConfig]:
     """The complete settings of each learner asked for, in the order in which they are trained."""
     chosen = {option.name: getattr(args, option.name) for option in fields(TrainConfig)}
     chosen["hidden"] = tuple(args.hidden) if args.hidden else None
+    chosen["nudge"] = _nudge(args.nudge) if args.nudge else None
     if args.learner != "both":
         return [complete(TrainConfig(**chosen))]
     pc = TrainConfig(**{**chosen, "learner": "pc"})
     foreign: dict[str, Any] = dict.fromkeys(("rule", *settings.RULE_OPTIONS, "backend"))
     return [complete(pc), complete(replace(pc, learner="backprop", **foreign))]
+
+
+def _nudge(words: list[str]) -> Nudge:
+    """BETA, or centered BETA."""
+    *kind, beta = words
+    try:
+        number = float(beta)
+    except ValueError:
+        kind = ["not a number"]
+    if kind not in ([], ["centered"]):
+        raise ValueError(f"--nudge takes a number, or the word centered and a number; got {' '.join(words)}.")
+    return ("centered", number) if kind else number
 
 
 def _print_results(results: list[Result]) -> None:

@@ -142,6 +142,9 @@ CORRUPTIONS = {"classifier": {**ON_X, **ON_LINEAR, **SQUARED, **CLASSES}, "pair"
 RULES = {
     "strict": pck.Strict(3, 0.05),
     "momentum": pck.Strict(2, 0.05, momentum=0.5, sweep="red_black"),
+    "centered": pck.Strict(2, 0.05, nudge=("centered", 0.5)),
+    "incremental": pck.Incremental(2, 0.05, 0.01),
+    "error_optimization": pck.ErrorOptimization(2, 0.05),
     "fixed": pck.FixedPrediction(4, 0.3),
     "fixed_iterate": pck.FixedPrediction(4, 1.2, solver="iterate"),
     "zero_divergence": pck.ZeroDivergence(),

@@ -413,6 +413,16 @@ def test_energy_of_a_merged_sweep_asks_for_unmoved_parameters(case):
         _ = moved.energy
 
 
+def _distance_of_incremental_steps(module, x, target, half):
+    """Between stepping on half of a batch in each process, and on the whole of it in one."""
+    twin = copy.deepcopy(module)
+    rule = pck.Incremental(3, 0.2)
+    pck.PCNetwork(twin, rule).step(x, target, torch.optim.SGD(twin.parameters(), 0.1))
+    parallel = pck.PCNetwork(nn.parallel.DistributedDataParallel(module), rule)
+    parallel.step(x[half], target[half], torch.optim.SGD(module.parameters(), 0.1))
+    return max(float((a - b).abs().max()) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
+
+
 def _data_parallel(rank: int, folder: str, results) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -426,11 +436,11 @@ def _data_parallel(rank: int, folder: str, results) -> None:
     errors = [
         float((p.grad - expected[name]).norm() / expected[name].norm()) for name, p in module.named_parameters() if p.grad is not None
     ]
-    results[rank] = (len(errors), max(errors))
+    results[rank] = (len(errors), max(errors), _distance_of_incremental_steps(module, x, target, half))
     torch.distributed.destroy_process_group()
 
 
 def test_distributed_data_parallel_averages(tmp_path):
     results = torch.multiprocessing.get_context("spawn").Manager().dict()
     start_processes(_data_parallel, args=(str(tmp_path), results), nprocs=2, start_method="spawn")
-    assert all(count == 6 and error < 1e-12 for count, error in (results[0], results[1]))
+    assert all(count == 6 and error < 1e-12 and distance < 1e-14 for count, error, distance in (results[0], results[1]))

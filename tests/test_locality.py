@@ -16,8 +16,10 @@ from torch import Tensor
 import pckernels as pck
 from pckernels import dispatch
 from pckernels.backends import reference
+from pckernels.backends.error_optimization import ForwardState
 from pckernels.backends.feedforward import Bound
 from pckernels.backends.learning import LocalUpdates
+from pckernels.backends.state import State
 from pckernels.call import Call
 from pckernels.graph import ComputationGraph
 
@@ -75,19 +77,14 @@ class Lab:
         self.hidden = [vertex.name for vertex in self.graph.hidden]
         self.values: Values = {name: mu + torch.randn_like(mu) for name, mu in self.bound.mu.items() if name in self.hidden}
 
-    def state(self, values: Values) -> reference.State:
-        state = reference.State(self.bound, self.objective)
+    def state(self, values: Values) -> State:
+        state = State(self.bound, self.objective)
         state.place(values)
         return state
 
     def gradients(self, values: Values) -> dict[str, Values]:
         """For every vertex, its own contribution to dF/dtheta; of weights that are not its own, 0."""
-        state, found = self.state(values), {}
-        for vertex in self.graph.vertices:
-            updates = LocalUpdates(self.bound, 1.0)
-            updates.learn(state.locals[vertex.name], state.errors[vertex.name])
-            found[vertex.name] = updates.gradients()
-        return found
+        return contributions(self, self.state(values))
 
     def next_values(self, values: Values) -> Values:
         """The value of every hidden vertex after one Jacobi step."""
@@ -103,6 +100,15 @@ class Lab:
         children = self.graph.children[name]
         family = {name, *self.graph[name].parents, *children, *(p for child in children for p in self.graph[child].parents)}
         return family & set(self.hidden)
+
+
+def contributions(lab: Lab, state: State | ForwardState) -> dict[str, Values]:
+    found = {}
+    for vertex in lab.graph.vertices:
+        updates = LocalUpdates(lab.bound, 1.0)
+        updates.learn(state.locals[vertex.name], state.errors[vertex.name])
+        found[vertex.name] = updates.gradients()
+    return found
 
 
 @pytest.fixture(params=[chain, skip, lstm], ids=lambda build: build.__name__)
@@ -130,6 +136,21 @@ def test_a_weight_gradient_depends_on_its_vertex_and_parents_alone(lab: Lab) -> 
             for parameter, gradient in gradients.items():
                 stayed = torch.equal(gradient, after[name][parameter])
                 assert stayed != inside, f"{parameter} of {name} {'ignores' if inside else 'feels'} {moved}"
+
+
+def test_weights_of_error_optimization_learn_from_their_own_error_alone(lab: Lab) -> None:
+    """Its inference is not local, what its weights learn is: of the errors, each vertex reads its own."""
+    state = ForwardState(lab.bound, lab.objective)
+    state.errors.update({name: torch.randn_like(lab.bound.mu[name]) for name in lab.hidden})
+    state.follow(lab.hidden)
+    before = contributions(lab, state)
+    for moved in lab.hidden:
+        error = state.errors[moved]
+        state.errors[moved] = error + torch.randn_like(error)
+        after = contributions(lab, state)
+        state.errors[moved] = error
+        for name, gradients in before.items():
+            assert all(torch.equal(g, after[name][p]) != (name == moved) for p, g in gradients.items() if g.any()), (name, moved)
 
 
 def test_a_next_value_depends_on_its_markov_blanket_alone(lab: Lab) -> None:

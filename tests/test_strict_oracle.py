@@ -1,8 +1,4 @@
-"""Strict predictive coding against a numpy loop written from the equations: values, errors, energies and gradients.
-
-Errors far from the output are tiny, and v - mu loses their leading digits in float64 whoever subtracts. So the truth is
-the loop in extended precision, and what is allowed beside 1e-12 of it is a few times what the same loop in float64 is off.
-"""
+"""Strict predictive coding against a numpy loop written from the equations: values, errors, energies and gradients."""
 
 from __future__ import annotations
 
@@ -12,13 +8,12 @@ from functools import cache
 import numpy as np
 import pytest
 from oracle import strict_models
-from oracle.strict import StrictLoop, Trajectory
+from oracle.extended import Expected, compare_all
+from oracle.strict import StrictLoop
 from oracle.strict_models import Case
-from torch import Tensor
 
 import pckernels as pck
 
-TOLERANCE, SLACK = 1e-12, 8
 BUILDERS: dict[str, Callable[[type], Case]] = {
     "mlp_tanh": lambda real: strict_models.mlp(real, "tanh"),
     "mlp_relu": lambda real: strict_models.mlp(real, "relu"),
@@ -42,39 +37,6 @@ def subject(name: str) -> tuple[Case, pck.PCNetwork, StrictLoop]:
     case = BUILDERS[name](np.longdouble)
     options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
     return case, pck.PCNetwork(case.module, pck.Strict(0, 0.1), **options), BUILDERS[name](np.float64).oracle
-
-
-class Expected:
-    """Compares with the extended loop; `plain` is the float64 one."""
-
-    def __init__(self, exact: Trajectory, plain: Trajectory):
-        self.exact, self.plain = exact, plain
-
-    def energies(self, found: Tensor) -> None:
-        compare(found, np.array(self.exact.energies), np.array(self.plain.energies), "energy")
-
-    def state(self, values: dict[str, Tensor], errors: dict[str, Tensor], t: int) -> None:
-        assert set(values) == set(errors) == set(self.exact.errors[t])
-        hidden = {name: value for name, value in values.items() if name != "output"}
-        compare_all(hidden, self.exact.values[t], self.plain.values[t], f"value at step {t}")
-        compare_all(errors, self.exact.errors[t], self.plain.errors[t], f"error at step {t}")
-
-    def gradients(self, found: dict[str, Tensor | None]) -> None:
-        compare_all(found, self.exact.gradients, self.plain.gradients, "gradient")
-
-
-def compare_all(found: dict[str, Tensor | None], exact: dict[str, np.ndarray], plain: dict[str, np.ndarray], what: str) -> None:
-    assert set(found) == set(exact)
-    for name, tensor in found.items():
-        assert tensor is not None, f"{what} of {name} is None"
-        compare(tensor, exact[name], plain[name], f"{what} of {name}")
-
-
-def compare(found: Tensor, exact: np.ndarray, plain: np.ndarray, what: str) -> None:
-    assert found.shape == exact.shape, what
-    error, size = float(np.linalg.norm(found.numpy() - exact)), float(np.linalg.norm(exact))
-    allowed = TOLERANCE * size + SLACK * float(np.linalg.norm(plain - exact))
-    assert error <= allowed, f"{what}: off by {error:.2e} of {size:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)

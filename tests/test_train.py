@@ -64,11 +64,31 @@ def test_an_exact_rule_has_backprop_s_losses(options):
         assert worst < 1e-9, pc
 
 
-def test_a_rule_that_is_not_exact_is_seen():
+@pytest.mark.parametrize(
+    "rule",
+    [{"rule": "strict"}, {"rule": "strict", "nudge": 0.5}, {"rule": "error_optimization"}, {"rule": "incremental"}, {"rule": "fixed"}],
+    ids=str,
+)
+def test_a_rule_that_is_not_exact_is_seen(rule):
     config = TrainConfig("mlp", hidden=(20, 15), dtype="float64", batches=5)
     backprop = losses(dataclasses.replace(config, learner="backprop"))
-    for pc in ({"rule": "strict", "steps": 3}, {"rule": "fixed", "steps": 3}):
-        assert abs(losses(dataclasses.replace(config, **pc))[-1] / backprop[-1] - 1) > 1e-6
+    assert abs(losses(dataclasses.replace(config, **rule, steps=3))[-1] / backprop[-1] - 1) > 1e-6
+
+
+@pytest.mark.parametrize(("words", "nudge"), [(["-0.2"], -0.2), (["centered", "0.5"], ("centered", 0.5))])
+def test_the_nudge_of_the_command_line_is_the_rule_s_and_resumes(words, nudge, tmp_path):
+    options = ["mlp", "--rule", "strict", "--steps", 3, "--nudge", *words, "--hidden", 8, *SMALL, "--out", tmp_path]
+    assert run(*options, "--batches", 2) == 0
+    assert run(*options, "--resume") == 0
+    config = TrainConfig("mlp", rule="strict", steps=3, nudge=nudge, hidden=(8,), train_samples=96, test_samples=32, batch_size=16)
+    result = train(config, report=silent)
+    assert result.network.rule.nudge == nudge
+    assert float(rows(tmp_path / "pc.csv")[-1]["loss"]) == result.loss
+
+
+def test_the_default_learning_rate_of_incremental_is_shared_among_its_steps():
+    assert complete(TrainConfig("mlp", rule="incremental", steps=8)).lr == complete(TrainConfig("mlp")).lr / 8
+    assert complete(TrainConfig("mlp", rule="incremental", lr=0.3)).lr == 0.3
 
 
 def test_both_learners_leave_metrics_curves_settings_and_json(tmp_path, capsys):
@@ -108,14 +128,13 @@ def test_reduction_changes_the_gradient_and_not_the_loss_that_is_reported():
     assert losses(dataclasses.replace(by_sum, lr=0.2 / 16)) == pytest.approx(losses(dataclasses.replace(by_mean, lr=0.2)), rel=1e-9)
 
 
-def test_training_learns_digits():
-    for learner in ("pc", "backprop"):
-        assert (
-            train(
-                TrainConfig("mlp", hidden=(30,), learner=learner, epochs=4, rule="zero" if learner == "pc" else None), report=silent
-            ).accuracy
-            > 0.85
-        )
+@pytest.mark.parametrize(
+    "options",
+    [{"learner": "backprop"}, {"rule": "zero"}, {"rule": "error_optimization", "steps": 8}, {"rule": "incremental", "steps": 8}],
+    ids=str,
+)
+def test_training_learns_digits(options):
+    assert train(TrainConfig("mlp", hidden=(30,), epochs=4, **options), report=silent).accuracy > 0.85
 
 
 LONG = [
@@ -286,6 +305,15 @@ BAD = [
     (["mlp", "--steps", "-1"], "steps must be 0 or more"),
     (["mlp", "--solver", "magic"], "solver must be one of 'closed_form'"),
     (["mlp", "--sweep", "top_down"], "--sweep is not an option of the rule fixed, but of strict"),
+    (["mlp", "--rule", "error_optimization", "--solver", "sweep"], "--solver is not an option of the rule error_optimization"),
+    (["mlp", "--rule", "error_optimization", "--momentum", "1"], "momentum must be"),
+    (["mlp", "--rule", "incremental", "--nudge", "0.1"], "--nudge is not an option of the rule incremental, but of strict"),
+    (["mlp", "--rule", "incremental", "--solver", "closed_form"], "--solver is not an option of the rule incremental, but of fixed"),
+    (["mlp", "--nudge", "0.1"], "--nudge is not an option of the rule fixed, but of strict"),
+    (["mlp", "--rule", "strict", "--nudge", "0"], "nudge must be finite and not 0"),
+    (["mlp", "--rule", "strict", "--nudge", "left", "0.1"], "--nudge takes a number, or the word centered and a number; got left 0.1"),
+    (["mlp", "--rule", "strict", "--nudge", "centered"], "--nudge takes a number, or the word centered and a number"),
+    (["mlp", "--rule", "strict", "--nudge", "centered", "-1"], "beta of a centered nudge must be"),
     (["rnn", "--rule", "strict", "--order", "nested"], "--order is not an option of the rule strict, but of fixed"),
     (["mlp", "--rule", "zero", "--steps", "3"], "--steps is not an option of the rule zero"),
     (["mlp", "--order", "nested"], "the model mlp has none; drop it"),

@@ -113,10 +113,11 @@ class Bound:
         only: Set[str] | None = None,
     ):
         """`held`: what an earlier pass of the same call drew and measured, to be used again; `only`: the vertices to compute."""
-        self.graph, self.connected = graph, connected
+        self.graph, self.connected, self.parameters = graph, connected, call.trace.parameters
         self.environment: dict[str, object] = {**call.tensors, **(held or {})}
-        self.sources = {name: tensor for name, tensor in call.tensors.items() if name in call.trace.parameters}
-        self.weights: dict[str, Tensor] = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
+        self.sources: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self._read_parameters(call.tensors)
         self.learning = learning_parameters(call)
         self.mu: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor] = {}
@@ -125,6 +126,17 @@ class Bound:
             for name in graph.schedule:
                 if only is None or name in only or name in graph.derived:
                     self._compute(name)
+
+    def _read_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        self.sources = {name: tensor for name, tensor in tensors.items() if name in self.parameters}
+        self.weights = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
+
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let predictions from now on read other parameters; what the feed-forward pass drew and measured holds."""
+        self._read_parameters(tensors)
+        for name in self.graph.schedule:
+            if name in self.graph.derived and self.graph.derived[name].kind == "weight":
+                self._compute_weight(name)
 
     def _compute(self, name: str) -> None:
         derived = self.graph.derived.get(name)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from pckernels.backends.feedforward import Bound, Local, Place, vjp
+from pckernels.call import Call
 from pckernels.products import outer_products, stacked
 
 
@@ -42,9 +44,9 @@ class LocalUpdates:
             if result is not None:
                 _accumulate(self.sums, name, result * coefficient if coefficient != 1.0 else result)
 
-    def learn(self, local: Local, error: Tensor) -> None:
-        """Let one vertex learn from its error."""
-        self.add(local, vjp(local, error, self.wanted(local)))
+    def learn(self, local: Local, error: Tensor, coefficient: float = 1.0) -> None:
+        """Let one vertex learn from its error, times `coefficient`."""
+        self.add(local, vjp(local, error, self.wanted(local)), coefficient)
 
     def gradients(self, others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Parameter in the graph -> the sum of its local updates, times -factor: the sign of ordinary PyTorch gradients.
@@ -109,6 +111,24 @@ class LocalUpdates:
                 if total is not None:
                     _accumulate(direct, name, total)
         return direct
+
+
+class Learnt(Protocol):
+    """A state that weights may learn from: predictions, and their errors."""
+
+    locals: dict[str, Local]
+    errors: dict[str, Tensor]
+
+
+def learned(bound: Bound, call: Call, *states: Learnt, coefficients: Sequence[float] = (1.0,)) -> dict[str, Tensor]:
+    """What all vertices learn from these states, each times its coefficient, by parameter; nothing where a call does not learn."""
+    if not call.learn:
+        return {}
+    updates = LocalUpdates(bound, call.factor)
+    for state, coefficient in zip(states, coefficients, strict=True):
+        for name, error in state.errors.items():
+            updates.learn(state.locals[name], error, coefficient)
+    return updates.gradients()
 
 
 @dataclass

@@ -8,16 +8,29 @@ predictions whose parents are all clamped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pckernels.backends.closed_form import sweep
-from pckernels.backends.feedforward import Bound, Local, feedback
-from pckernels.backends.learning import LocalUpdates
-from pckernels.backends.results import Frozen, Tensors, bound_updates, diverged, energy, feed_forward_outcome, full_errors, outcome
-from pckernels.call import Call, Objective, Outcome, Snapshot
+from pckernels.backends.error_optimization import optimize_errors
+from pckernels.backends.feedforward import Bound, feedback
+from pckernels.backends.incremental import descend_together
+from pckernels.backends.learning import LocalUpdates, learned
+from pckernels.backends.results import (
+    Frozen,
+    Tensors,
+    Trajectory,
+    bound_updates,
+    diverged,
+    energy,
+    feed_forward_outcome,
+    outcome,
+)
+from pckernels.backends.state import State
+from pckernels.call import Call, Outcome, Snapshot
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
 from pckernels.schedule import error_groups, steps_on, sweep_groups
@@ -31,107 +44,59 @@ def run(call: Call) -> Outcome:
         return feed_forward_outcome(bound.mu, bound_updates(bound, call))
     with torch.enable_grad():
         if dynamics.moves == "values":
-            relax = _arrive if dynamics.learn_on_arrival else _relax_values
-            return relax(Bound(graph.levelled() if dynamics.learn_on_arrival else graph, call), call)
+            if dynamics.learn_on_arrival:
+                return _arrive(Bound(graph.levelled(), call), call)
+            relax = descend_together if dynamics.learn_at_each_step else _relax_values
+            return relax(Bound(graph, call), call)
+        if dynamics.moves == "free_errors":
+            return optimize_errors(Bound(graph, call), call)
         return sweep(call) if dynamics.closed_form else _relax_errors(Bound(graph, call), call)
 
 
-class State:
-    """Values, predictions and errors of a graph at one moment.
-
-    Values are kept as displacements d_i = v_i - (feed-forward value), so that eps_i = d_i - (mu_i - its feed-forward
-    value) loses no digits near equilibrium.
-    """
-
-    def __init__(self, bound: Bound, objective: Objective):
-        self.bound, self.graph, self.objective = bound, bound.graph, objective
-        self.displacements: Tensors = {}
-        self.locals: dict[str, Local] = dict(bound.locals)
-        self.velocities: Tensors = {}
-        self.losses, self.errors = objective({name: bound.mu[name] for name in self.graph.outputs})
-
-    def value(self, name: str) -> Tensor:
-        """v_i; of an output, which has no free value, its prediction."""
-        if name in self.graph.outputs:
-            return self.locals[name].mu.detach()
-        start = self.bound.mu[name]
-        return start + self.displacements[name] if name in self.displacements else start
-
-    def place(self, values: Mapping[str, Tensor]) -> None:
-        """Put hidden value nodes anywhere, and refresh the predictions and errors that depend on them."""
-        self.displacements.update({name: value - self.bound.mu[name] for name, value in values.items()})
-        self.refresh(values)
-
-    def drives(self, names: Iterable[str]) -> Tensors:
-        """-eps_i + sum over children of (d mu_j / d v_i)^T eps_j, which is -dF/dv_i (precision 1), for each vertex of a group."""
-        wanted = list(names)
-        totals = {name: -self.errors[name] for name in wanted if name in self.errors}
-        for child in dict.fromkeys(child for name in wanted for child in self.graph.children[name] if child in self.errors):
-            for name, part in feedback(self.locals[child], self.errors[child], wanted).items():
-                totals[name] = totals[name] + part if name in totals else part
-        return totals
-
-    def move(self, names: Iterable[str], rate: float, momentum: float, mask: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
-        """Move the vertices of a group at once, then refresh what that changes. Returns the moves."""
-        moves = {}
-        for name, drive in self.drives(names).items():
-            velocity = self.velocities[name] = momentum * self.velocities[name] + drive if momentum and name in self.velocities else drive
-            moves[name] = rate * velocity if mask is None else mask(name, rate * velocity)
-        for name, step in moves.items():
-            self.displacements[name] = self.displacements[name] + step if name in self.displacements else step
-        self.refresh(moves)
-        return moves
-
-    def refresh(self, moved: Iterable[str]) -> None:
-        """Predictions of the moved vertices' children, and the errors of both."""
-        moved = list(moved)
-        children = list(dict.fromkeys(child for name in moved for child in self.graph.children[name]))
-        for name in children:
-            vertex = self.graph[name]
-            self.locals[name] = self.bound.local(vertex, {parent: self.value(parent) for parent in self.graph.free_parents(vertex)})
-        for name in dict.fromkeys([*moved, *children]):
-            if name not in self.graph.outputs:
-                self.errors[name] = self._error(name)
-        if any(name in self.graph.outputs for name in children):
-            self.losses, at_outputs = self.objective({name: self.locals[name].mu.detach() for name in self.graph.outputs})
-            self.errors.update(at_outputs)
-
-    def _error(self, name: str) -> Tensor:
-        change = self.locals[name].mu.detach() - self.bound.mu[name]
-        return self.displacements[name] - change if name in self.displacements else -change
-
-    def energy(self) -> Tensor:
-        """F: half the squared hidden errors, and the loss, summed over the batch."""
-        return energy(self.losses, [error for name, error in self.errors.items() if name not in self.graph.outputs])
-
-    def snapshot(self) -> Snapshot:
-        names = [vertex.name for vertex in self.graph.vertices]
-        return Snapshot({name: self.value(name) for name in names}, full_errors(self.bound, self.errors))
-
-
 def _relax_values(bound: Bound, call: Call) -> Outcome:
-    """Gradient descent of F on the values; predictions and Jacobians follow at every step."""
+    """Gradient descent of F on the values, once for each nudge; then weights learn from the fresh errors of all."""
+    nudges = call.dynamics.nudges
+    phases = [_descend(bound, call, beta) for beta in nudges]
+    gradients = learned(bound, call, *[phase.state for phase in phases], coefficients=[1.0 / (beta * len(nudges)) for beta in nudges])
+    outcomes = [phase.outcome(call) for phase in phases]
+    good = torch.stack([each.good for each in outcomes]).all()
+    return replace(outcomes[0], gradients=gradients, good=good, complaint=lambda: _first_bad(outcomes).complaint())
+
+
+def _first_bad(outcomes: list[Outcome]) -> Outcome:
+    return next(each for each in outcomes if not bool(each.good))
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """One relaxation: its losses at the start, its last state, and its course."""
+
+    start: Tensor
+    state: State
+    trajectory: Trajectory
+
+    def outcome(self, call: Call) -> Outcome:
+        dynamics, bound, energies = call.dynamics, self.state.bound, self.trajectory.energies
+        nudged = f"nudged by {' and '.join(f'{beta:+g}' for beta in dynamics.nudges)}, " if dynamics.is_nudged else ""
+        course = f"{dynamics.sweep} sweeps, {self.trajectory.steps} steps over {len(bound.graph.hidden)} value nodes"
+        plan = f"strict dynamics, {nudged}{course}"
+        return outcome(bound, call, self.start, self.state, energies, diverged(energies), {}, self.trajectory.history, plan)
+
+
+def _descend(bound: Bound, call: Call, beta: float) -> _Phase:
+    """T steps of the values; predictions and Jacobians follow at every step."""
     dynamics, graph = call.dynamics, bound.graph
     assert call.objective is not None
-    state = State(bound, call.objective)
-    start = state.losses
+    state = State(bound, call.objective, beta)
+    start, trajectory = state.losses, Trajectory(state, call.record)
     groups = sweep_groups(graph, dynamics.sweep)
     resting = Resting(graph, dynamics.tolerance, start) if dynamics.tolerance is not None else None
-    energies, history = [state.energy()], [state.snapshot()] if call.record else None
     for _ in range(steps_on(graph, dynamics.steps)):
         moves = [state.move(group, dynamics.rate, dynamics.momentum, resting.mask if resting else None) for group in groups]
-        energies.append(state.energy())
-        if history is not None:
-            history.append(state.snapshot())
+        trajectory.add()
         if resting and resting.after(moves):
             break
-    updates = LocalUpdates(bound, call.factor)
-    if call.learn:
-        for name, error in state.errors.items():
-            updates.learn(state.locals[name], error)
-    trajectory = torch.stack(energies)
-    plan = f"strict dynamics, {dynamics.sweep} sweeps, {len(energies) - 1} steps over {len(graph.hidden)} value nodes"
-    return outcome(bound, call, start, state, trajectory, diverged(trajectory), updates.gradients() if call.learn else {}, history, plan)
+    return _Phase(start, state, trajectory)
 
 
 class Resting:
@@ -214,11 +179,8 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
             squares[t] = energy(squares[t], [frozen.errors[name] for name in group if name in frozen.errors])
             if call.record:
                 states[t].update({name: frozen.errors[name] for name in group if name in frozen.errors})
-    updates = LocalUpdates(bound, call.factor)
-    if call.learn:
-        for name, error in frozen.errors.items():
-            updates.learn(bound.locals[name], error)
+    gradients = learned(bound, call, frozen)
     history = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
     order = "one time step after the other, " if dynamics.nested else ""
     plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes"
-    return outcome(bound, call, losses, frozen, torch.stack(squares), None, updates.gradients() if call.learn else {}, history, plan)
+    return outcome(bound, call, losses, frozen, torch.stack(squares), None, gradients, history, plan)

@@ -42,7 +42,7 @@ class Frozen:
     """Errors over the predictions of the feed-forward pass."""
 
     def __init__(self, bound: Bound, errors: Tensors):
-        self.bound, self.errors = bound, errors
+        self.bound, self.locals, self.errors = bound, bound.locals, errors
 
     def value(self, name: str) -> Tensor:
         """v_i = mu_i + eps_i; of an output its prediction."""
@@ -54,6 +54,40 @@ class Frozen:
         names = [vertex.name for vertex in graph.vertices]
         errors = full_errors(self.bound, self.errors)
         return Snapshot({name: self.value(name) for name in names}, {name: errors[name] for name in names})
+
+
+class Descent(Relaxed, Protocol):
+    """A state that descends the energy."""
+
+    def energy(self) -> Tensor: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+
+class Trajectory:
+    """Energies, and with `record` whole states, at t = 0 .. T."""
+
+    def __init__(self, state: Descent, record: bool):
+        self.state = state
+        self._energies: list[Tensor] = []
+        self.history: list[Snapshot] | None = [] if record else None
+        self.add()
+
+    def add(self) -> None:
+        """Take down the present state."""
+        self._energies.append(self.state.energy())
+        if self.history is not None:
+            self.history.append(self.state.snapshot())
+
+    @property
+    def steps(self) -> int:
+        """How many have been taken down after the start."""
+        return len(self._energies) - 1
+
+    @property
+    def energies(self) -> Tensor:
+        """(steps + 1,)."""
+        return torch.stack(self._energies)
 
 
 class Lazy:
@@ -144,4 +178,6 @@ def complaint(
     if step == 0:
         where = f"The energy is not finite in the feed-forward pass (at {worst!r})."
         return f"{where} Look for NaN or infinity in the inputs, targets and parameters."
-    return f"Inference diverged at step {step}, the largest error at {worst!r}. Use a smaller rate than {dynamics.rate:g}."
+    other = ", or a nudge nearer to 0" if dynamics.is_nudged else ", or smaller steps of the weights" if dynamics.learn_at_each_step else ""
+    remedy = f"a smaller rate than {dynamics.rate:g}{other}"
+    return f"Inference diverged at step {step}, the largest error at {worst!r}. Use {remedy}."

@@ -24,6 +24,10 @@ class Layer:
         """(d forward(x) / d theta)^T g, by parameter name."""
         return {}
 
+    def parameters(self) -> Gradients:
+        """The arrays that it reads and learns, by parameter name; what is written into them is what it computes with."""
+        return {}
+
 
 class Linear(Layer):
     """y = x W^T + b over the last dimension; rows of a larger parameter when `rows` is given."""
@@ -33,6 +37,9 @@ class Linear(Layer):
         self.weight_name = weight_name or f"{name}.weight"
         self.bias_name = bias_name or f"{name}.bias"
         self.rows = rows or slice(0, weight.shape[0])
+
+    def parameters(self) -> Gradients:
+        return {self.weight_name: self.weight} | ({} if self.bias is None else {self.bias_name: self.bias})
 
     def forward(self, x: Array) -> Array:
         y = x @ self.weight[self.rows].T
@@ -57,6 +64,9 @@ class Conv(Layer):
     def __init__(self, name: str, weight: Array, bias: Array | None, padding: int = 0):
         self.name, self.weight, self.bias, self.padding = name, weight, bias, padding
         self.taps = [(a, b) for a in range(weight.shape[2]) for b in range(weight.shape[3])]
+
+    def parameters(self) -> Gradients:
+        return {f"{self.name}.weight": self.weight} | ({} if self.bias is None else {f"{self.name}.bias": self.bias})
 
     def _pad(self, x: Array) -> Array:
         p = self.padding
@@ -110,6 +120,9 @@ class FrozenBatchNorm(Layer):
         self.name, self.bias, self.mean = name, bias, mean
         self.inverse = 1.0 / np.sqrt(var + eps)
         self.weight = weight
+
+    def parameters(self) -> Gradients:
+        return {f"{self.name}.weight": self.weight, f"{self.name}.bias": self.bias}
 
     def _normalised(self, x: Array) -> Array:
         return (x - self.mean[:, None, None]) * self.inverse[:, None, None]
@@ -174,6 +187,10 @@ class Function:
     def learn_join(self, parents: Sequence[Array], g: Array) -> Gradients:
         return {}
 
+    def parameters(self) -> Gradients:
+        """Of all its layers."""
+        return {name: array for layer in self.chain for name, array in layer.parameters().items()}
+
     def forward(self, parents: Sequence[Array]) -> Array:
         return self._inputs(parents)[-1]
 
@@ -207,6 +224,9 @@ class LinearSum(Function):
     def __init__(self, maps: Sequence[Linear], *chain: Layer):
         super().__init__(*chain)
         self.maps = maps
+
+    def parameters(self) -> Gradients:
+        return super().parameters() | {name: array for m in self.maps for name, array in m.parameters().items()}
 
     def join(self, parents: Sequence[Array]) -> Array:
         return sum(m.forward(x) for m, x in zip(self.maps, parents, strict=True))
