@@ -4,12 +4,13 @@ PYTHON ?= python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.pckernels-installed
 OUT := out
+INTERPRETED := tests/test_triton_kernels.py tests/test_triton_chain.py tests/test_triton_machine.py
 
 # The tensors of the demo and of the tests are too small to be worth a second thread each.
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-triton lint format clean
 
 demo: $(STAMP)
 	$(RUN) -m pckernels train cnn --learner both --epochs 30 --out $(OUT) --overwrite
@@ -20,6 +21,13 @@ demo: $(STAMP)
 # A process for each core; tests that share a compilation stay together (xdist_group).
 test: lint
 	$(RUN) -m pytest -n auto --dist loadgroup
+
+# Triton's kernels, interpreted on the CPU and compiled for GPUs, which takes many minutes. Triton decides when it is imported whether
+# kernels are interpreted, so those tests have processes of their own.
+test-triton: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[triton]'
+	$(RUN) -m pytest tests/test_triton_build.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

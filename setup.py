@@ -16,6 +16,8 @@ TRITON = "triton_kernels"  # installed as pckernels.triton: a top-level name wou
 
 CLI = ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"]
 DEV = ["hypothesis>=6.100", "mypy>=1.13", "pybind11>=2.12", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.8"]
+# PyTorch for CUDA brings Triton along; PyTorch for the CPU does not.
+TRITON_KERNELS = ['triton>=3.6; platform_system == "Linux"']
 
 
 def version() -> str:
@@ -100,11 +102,11 @@ setup(
     license="MIT",
     packages=packages,
     package_dir=package_dir,
-    package_data={"pckernels": ["py.typed"]},
+    package_data={"pckernels": ["py.typed"], "pckernels.triton": ["budget.json"]},
     ext_modules=[Extension("pckernels._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "numpy", "tqdm"],
-    extras_require={"cli": CLI, "dev": CLI + DEV},
+    extras_require={"cli": CLI, "triton": TRITON_KERNELS, "dev": CLI + DEV},
     entry_points={"console_scripts": ["pckernels = pckernels.cli:main"]},
 )

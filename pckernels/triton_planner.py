@@ -19,7 +19,7 @@ from pckernels.triton_chain import supports
 
 VARIANTS = ("on_chip", "scratch")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-LANES = (16, 32)
+LANES = (16,)
 WARPS = (4, 8)
 ON_CHIP_LANES = 16
 MIB = 2**20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 import pytest
 from pckernels.triton import ahead_of_time
@@ -11,7 +12,7 @@ from pckernels.triton.ahead_of_time import Result
 
 Results = dict[str, Result]
 
-pytestmark = pytest.mark.timeout(1200)  # compilers, on a busy machine
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("triton")]  # compilers, on a busy machine; once
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,9 @@ def compiled() -> Results:
     return ahead_of_time.compile_all()
 
 
-def test_every_kernel_is_within_its_budget(compiled: Results, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kernel_is_within_its_budget(compiled: Results, show: Callable[[str], None]) -> None:
     found = {key: result.resources for key, result in compiled.items()}
-    with capsys.disabled():
-        print(f"\n{ahead_of_time.table(found)}")
+    show(ahead_of_time.table(found))
     assert ahead_of_time.complaints(found, ahead_of_time.read_budget()) == []
     assert len(found) == len(ahead_of_time.ARCHITECTURES) * len(list(ahead_of_time.builds()))
 

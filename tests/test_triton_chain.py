@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from triton_case import DEVICE, relative_error, require_a_way_to_run
 
 import pckernels as pck
-from pckernels import dispatch, interpreter
+from pckernels import dispatch, interpreter, triton_chain
 from pckernels.backends import native, reference, selection
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled, compile_steps
@@ -74,6 +74,14 @@ def module(sizes: tuple[int, ...], activation: str) -> nn.Module:
     for k, n in itertools.pairwise(sizes):
         layers += [nn.Linear(k, n, bias=len(layers) != 2), ACTIVATIONS[activation]()]  # one layer without a bias
     return nn.Sequential(*layers[:-1])
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan refuses for want of registers is right all the same."""
+    for limits in (triton_chain.REGISTERS, triton_chain.WIDEST):
+        for precision in limits:
+            monkeypatch.setitem(limits, precision, 10_000)
 
 
 @lru_cache

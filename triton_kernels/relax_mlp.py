@@ -74,7 +74,8 @@ def relax_mlp(
 
     x (B, INPUTS); target (B, width) or class indices (B,); of each layer: weights (N, K), of all but the first already
     rounded to half precision where that is wanted, biases (N,), and what is written: values (B, N) (of moving errors: predictions),
-    errors (B, N), and where SENT gradients (B, N): the error at the product's output. losses (B,) of the feed-forward pass; energies (tiles, steps + 1, layers) in float64, zero where nothing is written.
+    errors (B, N), and where SENT gradients (B, N): the error at the product's output. losses (B,) of the feed-forward pass; energies
+    (tiles, steps + 1, layers) in float64, zero where nothing is written.
     """
     LAST: tl.constexpr = len(WIDTHS) - 1
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
