@@ -119,8 +119,8 @@ class ErrorOptimization(Rule):
     pass: velocity_i <- momentum * velocity_i + (delta_i - eps_i); eps_i <- eps_i + rate * velocity_i. Weights then learn
     locally, from eps_i and the values v_pa(i), as with every rule.
 
-    It has the equilibria of Strict, and on deep networks needs far fewer steps: what the loss says reaches every vertex in
-    one step, undamped. Its inference is not local: each step is a forward pass and a backward sweep over the whole graph.
+    It has the equilibria of Strict, and on deep networks without momentum needs far fewer steps: what the loss says reaches every
+    vertex in one step, undamped. Its inference is not local: each step is a forward pass and a backward sweep over the whole graph.
 
     Args:
         steps: T, the number of inference steps; 0 leaves the feed-forward pass. The paper takes 5.

@@ -28,6 +28,14 @@ class Chain:
         self.module = nn.Sequential(*[part for linear in self.linears for part in (linear, ACTIVATIONS[activation]())][:-1])
         self.x, self.target = torch.randn(2, 4).double(), torch.randn(2, 4).double()
 
+    def counts(self, strict: pck.Inference, free: pck.Inference) -> tuple[int, int]:
+        """The steps after which |gradient| stays below STILL, which both must have reached."""
+        found = []
+        for slopes in (self.slopes_of_values(strict), self.slopes_of_errors(free)):
+            assert slopes[0] > 1e-3 and slopes[-1] < STILL
+            found.append(int((slopes >= STILL).nonzero().max()) + 1)
+        return found[0], found[1]
+
     def relax(self, rule: pck.Strict | pck.ErrorOptimization) -> pck.Inference:
         return pck.PCNetwork(self.module, rule).infer(self.x, self.target, record=True)
 
@@ -73,14 +81,22 @@ def relaxed(activation: str, depth: int) -> tuple[Chain, pck.Inference, pck.Infe
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_strict_and_error_optimization_reach_the_same_equilibrium(activation: str, depth: int, show: Callable[[str], None]) -> None:
     chain, strict, free = relaxed(activation, depth)
-    counts = []
-    for slopes in (chain.slopes_of_values(strict), chain.slopes_of_errors(free)):
-        assert slopes[0] > 1e-3 and slopes[-1] < STILL
-        counts.append(int((slopes >= STILL).nonzero().max()) + 1)
+    counts = chain.counts(strict, free)
     text = f"{activation} chain of depth {depth}, momentum {MOMENTUM}: |gradient| < {STILL:g} after"
     show(f"{text} {counts[0]} steps of Strict, {counts[1]} of ErrorOptimization")
     assert_all_equal(free.values, strict.values, 1e-8)
     assert_all_equal(free.errors, strict.errors, 1e-8)
+
+
+@pytest.mark.parametrize(("activation", "rate", "fraction"), [("linear", 0.2, 10), ("tanh", 0.2, 2)])
+def test_without_momentum_error_optimization_needs_a_fraction_of_the_steps(
+    activation: str, rate: float, fraction: int, show: Callable[[str], None]
+) -> None:
+    """With momentum 0.9 the time of the momentum itself, 44 steps for each factor of 10, is what both take."""
+    chain = Chain(activation, 10)
+    counts = chain.counts(chain.relax(pck.Strict(600, 0.45)), chain.relax(pck.ErrorOptimization(400, rate)))
+    show(f"{activation} chain of depth 10, no momentum: |gradient| < {STILL:g} after {counts[0]} and {counts[1]} steps")
+    assert counts[1] * fraction < counts[0]
 
 
 @pytest.mark.parametrize("depth", [5, 10, 20])
