@@ -129,12 +129,6 @@ def _placed(draft: Draft, places: dict[Array, int]) -> Instruction:
 # Lifetimes
 
 
-def _give_all(free: _FreeRows, resting: list[tuple[int, int, int]]) -> None:
-    for start, rows, _ in resting:
-        free.give(start, rows)
-    resting.clear()
-
-
 def _touched_by_rows(sections: Sequence[Section]) -> set[Array]:
     """Arrays, on their own, which rowwise drafts alone touch."""
     drafts = [draft for section in sections for draft in section.drafts]
@@ -173,14 +167,17 @@ def _places(sections: Sequence[Section]) -> tuple[dict[Array, int], int]:
     for array, (birth, death) in sorted(lives.items(), key=lambda item: item[1][0]):
         if intervals[birth] > now:
             now = intervals[birth]
-            _give_all(free, resting)
+            for start, rows, _ in resting:
+                free.give(start, rows)
+            resting.clear()
         while dying and dying[0][0] < birth:
-            died, *rows = heapq.heappop(dying)
-            resting.append((rows[0], rows[1], rows[2]))
+            died, start, rows, kind = heapq.heappop(dying)
             if intervals[died] < now:
-                free.give(*resting.pop()[:2])
+                free.give(start, rows)
+            else:
+                resting.append((start, rows, kind))
         kind = array.n if array in rowwise else ABSENT
-        again = next((rows for rows in resting if rows[2] == kind != ABSENT), None)
+        again = next((gap for gap in resting if gap[2] == kind != ABSENT), None)
         if again is not None:
             resting.remove(again)
         places[array] = free.take(_aligned(array.n)) if again is None else again[0]
@@ -265,52 +262,58 @@ class _FreeRows:
 # Barriers
 
 
-class _Touched:
-    """Places that have been touched since the last barrier, by which share of them: equal shares give a place to the same thread."""
+Touch = tuple[Hashable, object]  # a place and the share of it that a thread takes: equal shares give it to the same thread
+
+
+class _Barriers:
+    """Where a section needs barriers: the places that have been touched since the last one. It begins with one, since nobody knows
+    what went before."""
 
     def __init__(self) -> None:
+        self.begun = False
         self.written: dict[Hashable, object] = {}
         self.read: dict[Hashable, object] = {}
 
-    def meets(self, reads: Sequence[tuple[Hashable, object]], writes: Sequence[tuple[Hashable, object]]) -> bool:
+    def before(self, reads: Sequence[Touch], writes: Sequence[Touch]) -> bool:
+        """Whether there must be one before an instruction that touches these; from then on it has touched them."""
+        needed = not self.begun or self._meets(reads, writes)
+        if needed:
+            self.begun = True
+            self.written.clear()
+            self.read.clear()
+        for place, share in reads:
+            self.read[place] = share if self.read.get(place, share) == share else object()
+        self.written.update(writes)
+        return needed
+
+    def _meets(self, reads: Sequence[Touch], writes: Sequence[Touch]) -> bool:
         """Whether another thread may have written one of these, or have read what is now written."""
         return any(self.written.get(place, share) != share for place, share in (*reads, *writes)) or any(
             self.read.get(place, share) != share for place, share in writes
         )
-
-    def add(self, reads: Sequence[tuple[Hashable, object]], writes: Sequence[tuple[Hashable, object]]) -> None:
-        for place, share in reads:
-            self.read[place] = share if self.read.get(place, share) == share else object()
-        self.written.update(writes)
 
 
 def _intervals(sections: Sequence[Section]) -> list[int]:
     """How many barriers there are up to each moment, if no two arrays shared rows."""
     found: list[int] = []
     for section in sections:
-        touched = _Touched()
-        for k, draft in enumerate(section.drafts):
+        barriers = _Barriers()
+        for draft in section.drafts:
             share = draft.n if draft.is_rowwise else object()
             reads, writes = ([(array, share) for array in atoms(arrays)] for arrays in (draft.reads, draft.writes))
-            meets = k == 0 or touched.meets(reads, writes)
-            touched = _Touched() if meets else touched
-            touched.add(reads, writes)
-            found.append((found[-1] if found else 0) + meets)
+            found.append((found[-1] if found else 0) + barriers.before(reads, writes))
     return found
 
 
 def _with_barriers(section: Section, placed: Sequence[Instruction], places: dict[Array, int]) -> list[Instruction]:
     """A barrier before each instruction that touches rows which another thread may have written, or writes rows which another may have
-    read, since the last barrier. A section begins with one: nobody knows what went before."""
+    read, since the last barrier."""
     result: list[Instruction] = []
-    touched = _Touched()
+    barriers = _Barriers()
     for draft, instruction in zip(section.drafts, placed, strict=True):
         token = None if draft.is_rowwise else object()
         reads, writes = (list(_blocks(arrays, places, token)) for arrays in (draft.reads, draft.writes))
-        meets = not result or touched.meets(reads, writes)
-        touched = _Touched() if meets else touched
-        touched.add(reads, writes)
-        result.append(replace(instruction, barrier=meets))
+        result.append(replace(instruction, barrier=barriers.before(reads, writes)))
     return result
 
 

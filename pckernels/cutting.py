@@ -187,8 +187,9 @@ class _Cutter:
                 (body if group == "body" else reads).append(found)
             body.sort(key=self.order.__getitem__)
             names = tuple(self._derive(source) for source in reads)
-            of_shapes = _reads_shapes_alone(body, set(reads))
-            self.derived[node] = Derived(self._key(node), self._kind(node), _compiled(body, reads, node), names, of_shapes)
+            kind = self._kind(node)
+            of_shapes = kind == "constant" and _reads_shapes_alone(body, set(reads))
+            self.derived[node] = Derived(self._key(node), kind, _compiled(body, reads, node), names, of_shapes)
         return self._key(node)
 
     def _kind(self, node: fx.Node) -> str:

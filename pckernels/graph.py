@@ -76,7 +76,7 @@ class Derived:
     kind: str
     compute: Callable[..., Any] = field(repr=False)
     reads: tuple[str, ...]
-    of_shapes: bool = False  # it depends on the shapes of what it reads, not on the numbers
+    of_shapes: bool = False  # a constant that depends on the shapes of what it reads, not on the numbers
 
 
 class ComputationGraph:

@@ -60,8 +60,7 @@ class Packed:
         where, start = self.code.places[slot]
         if where == "input":
             return self.inputs[start]
-        part = self.kept if where == "kept" else self.scratch
-        return part.narrow(0, self.batch * start, self.batch * self.code.io[slot].n)
+        return part_of(self.code, self.batch, self.kept if where == "kept" else self.scratch, slot)
 
     @property
     def io_addresses(self) -> list[int]:
@@ -70,3 +69,9 @@ class Packed:
         bases = {"kept": self.kept.data_ptr(), "scratch": self.scratch.data_ptr()}
         places = self.code.places
         return [self.inputs[start].data_ptr() if where == "input" else bases[where] + row * start for where, start in places]
+
+
+def part_of(code: Compiled, batch: int, part: Tensor, slot: int) -> Tensor:
+    """A slot's numbers in the tensor `kept` or `scratch`, wherever it lies."""
+    _, start = code.places[slot]
+    return part.narrow(0, batch * start, batch * code.io[slot].n)

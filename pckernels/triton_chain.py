@@ -14,7 +14,7 @@ from pckernels.instructions import Activation, Loss, Op
 from pckernels.program import Kind, Node, Program
 from pckernels.rules import Dynamics
 
-WARPS = 8
+WARPS, LANES = 8, 16  # of a program, and samples of a tile unless others are asked for
 IDENTITY = (Activation.AFFINE, (1.0, 0.0))
 
 
@@ -153,23 +153,32 @@ def registers(padded: tuple[int, ...], lanes: int, precision: str, strict: bool)
     return round((state + weights) / (32 * WARPS))
 
 
-def plan_chain(chain: Chain, dynamics: Dynamics, batch: int, precision: str, lanes: int | None = None) -> Plan | str:
-    """How a chain runs on a batch, or why it does not fit in registers."""
-    lanes = lanes or 16
-    padded = padded_widths(chain.widths, lanes)
-    needed = registers(padded, lanes, precision, dynamics.moves == "values")
+def misfit(widths: tuple[int, ...], lanes: int, precision: str, strict: bool) -> str | None:
+    """Why a chain of these widths does not fit in registers, or None."""
+    padded = padded_widths(widths, lanes)
     if max(padded) > WIDEST[precision]:
-        return f"a layer of {max(chain.widths)} nodes does not fit in registers; with {precision} operands {WIDEST[precision]} nodes do"
+        return f"a layer of {max(widths)} nodes does not fit in registers; with {precision} operands {WIDEST[precision]} nodes do"
+    needed = registers(padded, lanes, precision, strict)
     if needed > REGISTERS[precision]:
         return f"it needs about {needed} registers a thread beside its products; with {precision} operands there are {REGISTERS[precision]}"
-    return Plan(lanes, WARPS, held(precision), padded, needed)
+    return None
 
 
-def supports(compiled: Compiled, batch: int, precision: str = "fp32", lanes: int | None = None) -> str | None:
+def plan_chain(chain: Chain, dynamics: Dynamics, precision: str, lanes: int | None = None) -> Plan | str:
+    """How a chain runs, or why it does not fit in registers."""
+    lanes, strict = lanes or LANES, dynamics.moves == "values"
+    reason = misfit(chain.widths, lanes, precision, strict)
+    if reason is not None:
+        return reason
+    padded = padded_widths(chain.widths, lanes)
+    return Plan(lanes, WARPS, held(precision), padded, registers(padded, lanes, precision, strict))
+
+
+def supports(compiled: Compiled, precision: str = "fp32", lanes: int | None = None) -> str | None:
     """Why relax_mlp cannot run code, or None."""
     chain = chain_of_code(compiled)
     if isinstance(chain, str):
         return chain
     assert compiled.dynamics is not None
-    plan = plan_chain(chain, compiled.dynamics, batch, precision, lanes)
+    plan = plan_chain(chain, compiled.dynamics, precision, lanes)
     return plan if isinstance(plan, str) else None

@@ -10,19 +10,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pckernels.backends.options import Options
+from pckernels import triton_chain
 from pckernels.compiler import Compiled
 from pckernels.instructions import Code, Op
 from pckernels.planner import ARCHITECTURES, Limits
-from pckernels.triton_chain import WARPS as CHAIN_WARPS
-from pckernels.triton_chain import supports
 
 VARIANTS = ("on_chip", "scratch")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LANES = (16,)
 WARPS = (4, 8)
-ON_CHIP_LANES = 16
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of the planner: None leaves it the choice.
+
+    Attributes:
+        precision: of the products' operands: "fp32", "tf32", "bf16", "fp16". Sums are in float32.
+        variant: which kind of kernel.
+        lanes: samples of a tile.
+        warps: of a program, of 32 threads each.
+    """
+
+    precision: str = "fp32"
+    variant: str | None = None
+    lanes: int | None = None
+    warps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,24 +107,24 @@ def plan(compiled: Compiled, batch: int, limits: Limits, wanted: Options) -> Pla
     _check(wanted)
     if limits.architecture < min(ARCHITECTURES):
         return f"the Triton kernels need compute capability 8.0; this GPU has {limits.architecture / 10:.1f}"
-    why_not = _not_on_chip(compiled, batch, wanted)
+    why_not = _not_on_chip(compiled, wanted)
     if wanted.variant == "on_chip" and compiled.program is not None and why_not:
         return f"the on_chip variant runs chains of narrow layers: {why_not}"
     if wanted.variant != "scratch" and why_not is None:
-        return _on_chip(compiled, batch, wanted)
+        return _on_chip(batch, wanted)
     return _scratch(compiled.code, batch, limits, wanted, why_not if wanted.variant is None else "asked for")
 
 
-def _not_on_chip(compiled: Compiled, batch: int, wanted: Options) -> str | None:
-    if wanted.lanes not in (None, ON_CHIP_LANES) or wanted.warps not in (None, CHAIN_WARPS):
-        return f"that variant has tiles of {ON_CHIP_LANES} samples and {CHAIN_WARPS} warps"
-    return supports(compiled, batch, wanted.precision)
+def _not_on_chip(compiled: Compiled, wanted: Options) -> str | None:
+    if wanted.lanes not in (None, triton_chain.LANES) or wanted.warps not in (None, triton_chain.WARPS):
+        return f"that variant has tiles of {triton_chain.LANES} samples and {triton_chain.WARPS} warps"
+    return triton_chain.supports(compiled, wanted.precision)
 
 
-def _on_chip(compiled: Compiled, batch: int, wanted: Options) -> Plan:
-    tiles = -(-batch // ON_CHIP_LANES)
-    reason = f"on_chip variant: {ON_CHIP_LANES} samples in each of {tiles} programs, all nodes in registers for all steps"
-    return Plan("on_chip", ON_CHIP_LANES, tiles, TABLE[wanted.precision, ON_CHIP_LANES], wanted.precision, reason)
+def _on_chip(batch: int, wanted: Options) -> Plan:
+    tiles = -(-batch // triton_chain.LANES)
+    reason = f"on_chip variant: {triton_chain.LANES} samples in each of {tiles} programs, all nodes in registers for all steps"
+    return Plan("on_chip", triton_chain.LANES, tiles, TABLE[wanted.precision, triton_chain.LANES], wanted.precision, reason)
 
 
 def _scratch(code: Code, batch: int, limits: Limits, wanted: Options, why: str | None) -> Plan:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from pckernels.backends import binding
+
 # "ci" draws the same examples at every run, and leaves the minutes of shrinking to HYPOTHESIS_PROFILE=explore, which looks for new ones.
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 PHASES = [Phase.explicit, Phase.generate]
@@ -30,6 +32,16 @@ def float64() -> object:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of native backends start as NaN: nothing unwritten can pass."""
+
+    def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    monkeypatch.setattr(binding, "allocate", poison)
 
 
 SHOWN = "shown"

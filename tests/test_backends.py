@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pckernels as pck
-from pckernels.backends import binding
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 UNIT = 2.0**-24
 STEPS = [0, 1, 2, 8, 64]
@@ -28,16 +29,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     if not support.ok:
         pytest.skip(f"{request.param}: {support.reason}")
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing unwritten can pass."""
-
-    def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
-
-    monkeypatch.setattr(binding, "allocate", poison)
 
 
 # Models

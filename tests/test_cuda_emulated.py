@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pckernels as pck
 from pckernels import dispatch, ops
-from pckernels.backends import binding, cuda
+from pckernels.backends import cuda
 from pckernels.instructions import Instruction, Loss, Op, OuterProduct
 from pckernels.memory import Memory
 from pckernels.planner import LANES, SUM_BYTES, Choice, Limits
@@ -173,7 +173,7 @@ def test_sums_that_no_barrier_parts(built: Any) -> None:
 
 
 @pytest.fixture
-def backend(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(built: Any, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The cuda backend on the CPU's tensors and the emulated kernels, results poisoned with NaN."""
     built_for: dict[int, Any] = {}
 
@@ -187,13 +187,9 @@ def backend(built: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
         program.run(*pointers, memory.energies.data_ptr(), batch, factor=factor)
 
-    def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
-
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "execute", launch)
     monkeypatch.setattr(cuda, "limits", lambda device: LIMITS)
-    monkeypatch.setattr(binding, "allocate", poison)
     emulated = dispatch.Backend(dispatch.Support(True, "emulated"), cuda.refusal, lambda call: cuda.run(call))
     monkeypatch.setitem(dispatch._BACKENDS, "cuda", emulated)
     yield "cuda"

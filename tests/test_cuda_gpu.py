@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import pckernels as pck
-from pckernels.backends import binding, cuda
+from pckernels.backends import cuda
 from pckernels.planner import LANES
 
 SUPPORT = pck.backends()["cuda"]
-pytestmark = pytest.mark.skipif(not (SUPPORT.ok and torch.cuda.is_available()), reason=f"cuda: {SUPPORT.reason}")
+pytestmark = [
+    pytest.mark.skipif(not (SUPPORT.ok and torch.cuda.is_available()), reason=f"cuda: {SUPPORT.reason}"),
+    pytest.mark.usefixtures("poisoned"),
+]
 KINDS = backends.KINDS
 RULES = [
     pck.Strict(8, 0.1),
@@ -28,16 +31,6 @@ RULES = [
     pck.ZeroDivergence(),
 ]
 NAMES = [f"{type(rule).__name__}{k}" for k, rule in enumerate(RULES)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing unwritten can pass."""
-
-    def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
-
-    monkeypatch.setattr(binding, "allocate", poison)
 
 
 @lru_cache

@@ -8,11 +8,11 @@ import pytest
 import test_backends as backends
 import torch
 from fast_interpreter import install
-from torch import Tensor, nn
+from torch import nn
 from triton_case import DEVICE, require_a_way_to_run
 
 import pckernels as pck
-from pckernels.backends import binding, triton
+from pckernels.backends import triton
 
 require_a_way_to_run()
 if DEVICE == "cpu":
@@ -21,17 +21,8 @@ if DEVICE == "cpu":
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="these compare tensors of the CPU; run them with TRITON_INTERPRET=1"),
     pytest.mark.timeout(600),
+    pytest.mark.usefixtures("poisoned"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing unwritten can pass."""
-
-    def poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
-
-    monkeypatch.setattr(binding, "allocate", poison)
 
 
 @pytest.fixture

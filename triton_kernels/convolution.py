@@ -31,6 +31,13 @@ def behind(i, coordinate, place, axis: tl.constexpr):
 
 
 @triton.jit
+def block(unit, blocks, panels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The group, rows and columns of a result that are the unit-th to be computed."""
+    row = unit // panels % blocks * ROWS + tl.arange(0, ROWS)
+    return unit // panels // blocks, row, (unit % panels) * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
 def conv(i, arena, weights, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     """out (C_out, OH, OW) = conv(a (C, H, W)) + bias."""
     height, width, kernel_h, kernel_w = tl.load(i + P + 1), tl.load(i + P + 2), tl.load(i + P + 4), tl.load(i + P + 5)
@@ -41,9 +48,7 @@ def conv(i, arena, weights, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl
     source, target, accumulate = arena + tl.load(i + A) * LANES, arena + tl.load(i + OUT) * LANES, tl.load(i + ACCUMULATE) != 0
     blocks, panels = (outputs + ROWS - 1) // ROWS, (size * LANES + COLUMNS - 1) // COLUMNS
     for unit in tl.range(0, groups * blocks * panels):
-        group = unit // panels // blocks
-        row = unit // panels % blocks * ROWS + tl.arange(0, ROWS)
-        column = (unit % panels) * COLUMNS + tl.arange(0, COLUMNS)
+        group, row, column = block(unit, blocks, panels, ROWS, COLUMNS)
         pixel, lane = column // LANES, column % LANES
         oh, ow = pixel // out_w, pixel % out_w
         channel = group * outputs + row
@@ -77,9 +82,7 @@ def conv_t(i, arena, weights, LANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: 
     source, target, accumulate = arena + tl.load(i + A) * LANES, arena + tl.load(i + OUT) * LANES, tl.load(i + ACCUMULATE) != 0
     blocks, panels = (inputs + ROWS - 1) // ROWS, (size * LANES + COLUMNS - 1) // COLUMNS
     for unit in tl.range(0, groups * blocks * panels):
-        group = unit // panels // blocks
-        row = unit // panels % blocks * ROWS + tl.arange(0, ROWS)
-        column = (unit % panels) * COLUMNS + tl.arange(0, COLUMNS)
+        group, row, column = block(unit, blocks, panels, ROWS, COLUMNS)
         pixel, lane = column // LANES, column % LANES
         h, v = pixel // width, pixel % width
         total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
@@ -122,9 +125,7 @@ def conv_learn(
     error, x, dx = arena + tl.load(i + A) * LANES, arena + tl.load(i + B) * LANES, arena + change * LANES
     blocks, panels = (outputs + ROWS - 1) // ROWS, (depth + COLUMNS - 1) // COLUMNS
     for unit in tl.range(0, groups * blocks * panels):
-        group = unit // panels // blocks
-        row = unit // panels % blocks * ROWS + tl.arange(0, ROWS)
-        k = (unit % panels) * COLUMNS + tl.arange(0, COLUMNS)
+        group, row, k = block(unit, blocks, panels, ROWS, COLUMNS)
         channel = group * outputs + row
         total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
         for first in tl.range(0, size * LANES, DEPTH):

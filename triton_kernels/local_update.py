@@ -3,7 +3,7 @@
 Reference: OuterProduct in pckernels/instructions.py, `_learn` in pckernels/interpreter.py.
 
 The rows (samples times positions) are cut into a fixed number of parts, which depends on the sizes alone; a program sums one part for one
-tile of the weight, and a second kernel adds the parts up in their order. So there are no atomics, and two runs are equal bit for bit.
+tile of the weight, and tables.py adds the parts up in their order. So there are no atomics, and two runs are equal bit for bit.
 g is read transposed from memory: Triton on Hopper has miscompiled a product whose operand is a transposed result of another.
 """
 
@@ -19,11 +19,11 @@ from pckernels.instructions import ABSENT, OuterProduct
 
 from .ahead_of_time import Build
 from .products import multiply
+from .tables import sum_parts
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of operands
 OUTPUTS, INPUTS, ROWS = 64, 64, 32  # of a tile
 WARPS = 8
-SUM = 1024  # elements that a program of the second kernel adds up
 PARTS, ROWS_OF_A_PART = 64, 256  # at most so many parts, each of at least so many rows
 PROGRAMS = 264  # two for each multiprocessor of an H100: with so many tiles the rows need no parts
 
@@ -85,17 +85,6 @@ def _put(to, value, here, ADD: tl.constexpr):
     tl.store(to, value, mask=here)
 
 
-@triton.jit
-def add_parts(parts, out, count, size, ADD: tl.constexpr, SUM: tl.constexpr):
-    """out (size,) = sum of parts (count, size), from the first to the last; ADD: added to what is there."""
-    at = tl.program_id(0).to(tl.int64) * SUM + tl.arange(0, SUM)
-    total = tl.zeros((SUM,), tl.float32)
-    for _ in tl.range(0, count):
-        total += tl.load(parts + at, mask=at < size, other=0.0)
-        parts += size
-    _put(out + at, total, at < size, ADD)
-
-
 def learn(
     products: Sequence[OuterProduct], io: Sequence[Tensor], gradients: Sequence[Tensor], batch: int, factor: float, precision: str = "fp32"
 ) -> None:
@@ -155,7 +144,7 @@ def outer(
     )
     for out, part, added in zip((weight, bias), to, adds, strict=True):
         if not alone and out is not None:
-            add_parts[(triton.cdiv(out.numel(), SUM),)](part, out, parts, out.numel(), ADD=added, SUM=SUM)
+            sum_parts(part, out, 1.0, added)
 
 
 def partition(rows: int, outputs: int, inputs: int) -> tuple[int, int]:
@@ -167,7 +156,7 @@ def partition(rows: int, outputs: int, inputs: int) -> tuple[int, int]:
 
 
 def builds() -> Iterator[Build]:
-    """Both kernels, and the first with each precision."""
+    """The kernel with each precision."""
     pointers = dict.fromkeys(("g", "x", "weight", "bias"), "*fp32")
     integers = dict.fromkeys(("rows", "positions", "inputs", "outputs", "x_stride", "x_offset", "part_rows"), "i32")
     tile = {"OUTPUTS": OUTPUTS, "INPUTS": INPUTS, "ROWS": ROWS}
@@ -175,5 +164,3 @@ def builds() -> Iterator[Build]:
         constants = {"WEIGHT": True, "BIAS": True, "ADD": False, "PRECISION": precision, **tile}
         signature = {**pointers, **integers, "scale": "fp32"}
         yield Build(f"local_update {precision}", outer_product, signature, constants, {"num_warps": WARPS}, mma=precision != "fp32")
-    signature = {"parts": "*fp32", "out": "*fp32", "count": "i32", "size": "i32"}
-    yield Build("local_update sum", add_parts, signature, {"ADD": True, "SUM": SUM})

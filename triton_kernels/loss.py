@@ -31,15 +31,17 @@ def loss(i, arena, io, energies, sample, samples, LANES: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
+def operands(i, arena, LANES: tl.constexpr):
+    """mu, its change (which is not to be read where it is absent), the target, and where the error goes."""
+    mu, dmu = arena + tl.load(i + A) * LANES, arena + tl.load(i + B) * LANES
+    return mu, dmu, arena + tl.load(i + C) * LANES, arena + tl.load(i + OUT) * LANES
+
+
+@triton.jit
 def squared_error(i, arena, samples, LANES: tl.constexpr, BLOCK: tl.constexpr):
     """Halves of squares, summed into [BLOCK / LANES][LANES]. mu + dmu is one after the other: a small change keeps its digits."""
     n, b = tl.load(i + N), tl.load(i + B)
-    mu, dmu, target, out = (
-        arena + tl.load(i + A) * LANES,
-        arena + b * LANES,
-        arena + tl.load(i + C) * LANES,
-        arena + tl.load(i + OUT) * LANES,
-    )
+    mu, dmu, target, out = operands(i, arena, LANES)
     lane = tl.arange(0, LANES)[None, :]
     total = tl.full([BLOCK // LANES, LANES], 0.0, tl.float64)
     for first in tl.range(0, n, BLOCK // LANES):
@@ -59,12 +61,7 @@ def cross_entropy(i, arena, samples, LANES: tl.constexpr, BLOCK: tl.constexpr):
     """log sum exp - logit of the class, of each position; the error is one_hot - softmax. A negative class: the position is not read."""
     classes, b = tl.load(i + P + 1), tl.load(i + B)
     positions = tl.load(i + N) // classes
-    mu, dmu, target, out = (
-        arena + tl.load(i + A) * LANES,
-        arena + b * LANES,
-        arena + tl.load(i + C) * LANES,
-        arena + tl.load(i + OUT) * LANES,
-    )
+    mu, dmu, target, out = operands(i, arena, LANES)
     lane = tl.arange(0, LANES)[None, :]
     total = tl.full([BLOCK // LANES, LANES], 0.0, tl.float64)
     for start in tl.range(0, positions, BLOCK // LANES):

@@ -29,48 +29,40 @@ def multiply(a, b, total, PRECISION: tl.constexpr):
 @triton.jit
 def linear(i, arena, weights, LANES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     """out (p0, N) = a (p0, K) W^T + bias, W (N, K)."""
-    positions, inputs, outputs = tl.load(i + P), tl.load(i + P + 1), tl.load(i + P + 2)
-    weight, bias_slot = address(weights, tl.load(i + SLOT)), tl.load(i + SLOT2)
-    source, out, accumulate = arena + tl.load(i + A) * LANES, arena + tl.load(i + OUT) * LANES, tl.load(i + ACCUMULATE) != 0
-    lane = tl.arange(0, LANES)[None, :]
-    blocks = (outputs + ROWS - 1) // ROWS
-    for unit in tl.range(0, positions * blocks):
-        position = unit // blocks
-        row = (unit % blocks) * ROWS + tl.arange(0, ROWS)
-        x = source + position * inputs * LANES
-        there = (row < outputs)[:, None]
-        total = tl.full([ROWS, LANES], 0.0, tl.float32)
-        for first in tl.range(0, inputs, DEPTH):
-            k = first + tl.arange(0, DEPTH)
-            w = tl.load(weight + row[:, None] * inputs + k[None, :], mask=there & (k < inputs)[None, :], other=0.0)
-            total = multiply(w, tl.load(x + k[:, None] * LANES + lane, mask=(k < inputs)[:, None], other=0.0), total, PRECISION)
-        if bias_slot >= 0:
-            total += tl.load(address(weights, bias_slot) + row, mask=row < outputs, other=0.0)[:, None]
-        target = out + (position * outputs + row)[:, None] * LANES + lane
-        if accumulate:
-            total += tl.load(target, mask=there, other=0.0)
-        tl.store(target, total, mask=there)
+    inputs, outputs, bias_slot = tl.load(i + P + 1), tl.load(i + P + 2), tl.load(i + SLOT2)
+    product(i, arena, weights, outputs, inputs, inputs, 1, bias_slot, LANES, ROWS, DEPTH, PRECISION)
 
 
 @triton.jit
 def linear_t(i, arena, weights, LANES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     """out (p0, K) = a (p0, N) W, W (N, K)."""
-    positions, inputs, outputs = tl.load(i + P), tl.load(i + P + 1), tl.load(i + P + 2)
-    weight = address(weights, tl.load(i + SLOT))
+    inputs, outputs = tl.load(i + P + 1), tl.load(i + P + 2)
+    product(i, arena, weights, inputs, outputs, 1, inputs, -1, LANES, ROWS, DEPTH, PRECISION)
+
+
+@triton.jit
+def product(
+    i, arena, weights, rows, depth, row_step, depth_step, bias_slot,
+    LANES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out (p0, rows) = a (p0, depth) times the weight, whose rows and depth are so far apart, plus the bias; bias_slot < 0: none."""
+    positions, weight = tl.load(i + P), address(weights, tl.load(i + SLOT))
     source, out, accumulate = arena + tl.load(i + A) * LANES, arena + tl.load(i + OUT) * LANES, tl.load(i + ACCUMULATE) != 0
     lane = tl.arange(0, LANES)[None, :]
-    blocks = (inputs + ROWS - 1) // ROWS
+    blocks = (rows + ROWS - 1) // ROWS
     for unit in tl.range(0, positions * blocks):
         position = unit // blocks
         row = (unit % blocks) * ROWS + tl.arange(0, ROWS)
-        g = source + position * outputs * LANES
-        there = (row < inputs)[:, None]
+        x = source + position * depth * LANES
+        there = (row < rows)[:, None]
         total = tl.full([ROWS, LANES], 0.0, tl.float32)
-        for first in tl.range(0, outputs, DEPTH):
-            n = first + tl.arange(0, DEPTH)
-            w = tl.load(weight + n[None, :] * inputs + row[:, None], mask=there & (n < outputs)[None, :], other=0.0)
-            total = multiply(w, tl.load(g + n[:, None] * LANES + lane, mask=(n < outputs)[:, None], other=0.0), total, PRECISION)
-        target = out + (position * inputs + row)[:, None] * LANES + lane
+        for first in tl.range(0, depth, DEPTH):
+            k = first + tl.arange(0, DEPTH)
+            w = tl.load(weight + row[:, None] * row_step + k[None, :] * depth_step, mask=there & (k < depth)[None, :], other=0.0)
+            total = multiply(w, tl.load(x + k[:, None] * LANES + lane, mask=(k < depth)[:, None], other=0.0), total, PRECISION)
+        if bias_slot >= 0:
+            total += tl.load(address(weights, bias_slot) + row, mask=row < rows, other=0.0)[:, None]
+        target = out + (position * rows + row)[:, None] * LANES + lane
         if accumulate:
             total += tl.load(target, mask=there, other=0.0)
         tl.store(target, total, mask=there)

@@ -28,7 +28,7 @@ from pckernels.compiler import Compiled
 from pckernels.errors import Unsupported
 from pckernels.instructions import ABSENT, Activation, Loss
 from pckernels.memory import Memory, Packed
-from pckernels.triton_chain import REGISTERS, WARPS, WIDEST, Chain, Plan, chain_of_code, held, loss_of, padded_widths, plan_chain, registers
+from pckernels.triton_chain import WARPS, Chain, Plan, chain_of_code, held, loss_of, misfit, padded_widths, plan_chain
 
 from . import local_update
 from .activations import SIGMOID, TANH, act, act_change, act_grad, act_grad_of_value
@@ -354,8 +354,7 @@ def builds() -> Iterator[Build]:
     for name, (widths, inputs, lanes) in CHAINS.items():
         for precision in ("fp32", "tf32", "fp16", "bf16"):
             for strict in (True, False):
-                padded = padded_widths(widths, lanes)
-                if max(padded) > WIDEST[precision] or registers(padded, lanes, precision, strict) > REGISTERS[precision]:
+                if misfit(widths, lanes, precision, strict) is not None:
                     continue  # the plan refuses it
                 yield _build(f"relax_mlp {name} {precision} {'strict' if strict else 'fixed'}", widths, inputs, lanes, precision, strict)
 
@@ -405,7 +404,7 @@ def run(compiled: Compiled, memory: Memory | Packed, batch: int, factor: float, 
     if isinstance(chain, str):
         raise Unsupported(chain)
     assert compiled.dynamics is not None
-    plan = plan_chain(chain, compiled.dynamics, batch, precision, lanes)
+    plan = plan_chain(chain, compiled.dynamics, precision, lanes)
     if isinstance(plan, str):
         raise Unsupported(plan)
     _Launch(compiled, chain, plan, memory, batch, precision).relax()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .ahead_of_time import Build
 
@@ -57,7 +58,15 @@ def add_up(parts, result, count, stride, size, scale, ADD: tl.constexpr, BLOCK: 
     tl.store(result + at, total, mask=at < size)
 
 
+def sum_parts(parts: Tensor, result: Tensor, scale: float, add: bool) -> None:
+    """result = scale * parts (count, ..) summed over count, in order; `add`: plus what is there."""
+    size = result.numel()
+    if size:
+        add_up[(triton.cdiv(size, BLOCK),)](parts, result, len(parts), parts.stride(0), size, scale, ADD=add, BLOCK=BLOCK)
+
+
 def builds() -> Iterator[Build]:
+    """All kernels of this file."""
     numbers = {"first": "i32", "count": "i32", **{f"a{k}": "i64" for k in range(ADDRESSES)}}
     yield Build("write_addresses", write_addresses, {"table": "*i64", **numbers}, {}, mma=None)
     for kind in ("fp32", "fp64"):

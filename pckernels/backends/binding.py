@@ -21,7 +21,7 @@ from pckernels.emitter import Place
 from pckernels.graph import ComputationGraph
 from pckernels.memory import Packed
 from pckernels.objective import Objective as Target
-from pckernels.program import Program, WeightInfo, numel
+from pckernels.program import WeightInfo, numel
 
 Execute = Callable[[Compiled, Packed, int, float], None]
 
@@ -73,7 +73,6 @@ class Binding:
         self.bound: Bound | None = None
         self.constants: Mapping[str, object] = {}
         self._compute_what_is_outside()
-        self.memory = self._memory()
 
     def _compute_what_is_outside(self) -> None:
         graph = self.call.trace.graph
@@ -106,13 +105,15 @@ class Binding:
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return allocate(shape, dtype or self.dtype, self.device)
 
-    def run(self) -> None:
-        """Execute the code; of no samples every sum is zero."""
+    def run(self) -> Packed:
+        """Execute the code, and hand over its memory; of no samples every sum is zero."""
+        memory = self._memory()
         if self.batch:
-            self.execute(self.code, self.memory, self.batch, self.sign)
+            self.execute(self.code, memory, self.batch, self.sign)
         else:
-            for tensor in (*self.memory.gradients, self.memory.energies):
+            for tensor in (*memory.gradients, memory.energies):
                 tensor.zero_()
+        return memory
 
     # Weights
 
@@ -154,17 +155,6 @@ class Binding:
             return tensor
         return tensor.movedim(axis, 0).reshape(self.batch, place.n).to(self.dtype).contiguous()
 
-    # Results
-
     def shaped(self, rows: Tensor, name: str) -> Tensor:
         """A row for each sample, as the vertex's tensor."""
         return rows.reshape(self.batch, *self.program.shapes[name]).movedim(0, self.program.batch_axes[name])
-
-    def result(self, kind: str, name: str) -> Tensor:
-        """What the code has kept, flat."""
-        return self.memory.slot(self.code.slots[kind, name])
-
-
-def of_outputs(program: Program, code: Compiled) -> list[str]:
-    """The outputs whose losses the code keeps."""
-    return [name for name in program.outputs if ("losses", name) in code.slots]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pckernels import ops
 from pckernels.backends import native, selection
+from pckernels.backends.options import Scope
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
 from pckernels.engine import arguments
@@ -22,36 +20,23 @@ from pckernels.errors import Unsupported
 from pckernels.memory import Packed
 from pckernels.planner import Limits, Plan, plan
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of the planner: None leaves it the choice."""
+    """What is asked of the planner: None leaves it the choice. `with cuda.options("tf32", tier="stream"): ..`
+
+    Attributes:
+        precision: "fp32", or "tf32", "bf16", "fp16" for tensor cores, which add up in fp32. Convolutions are in fp32 whatever it says.
+        tier: "stream" or "resident"; None: what the planner finds faster.
+        lanes: samples of a tile; None likewise.
+    """
 
     precision: str = "fp32"
     tier: str | None = None
     lanes: int | None = None
 
 
-_DEFAULT = Options()
-_OPTIONS: ContextVar[Options] = ContextVar("options of the cuda backend", default=_DEFAULT)
-
-
-@contextmanager
-def options(precision: str = "fp32", tier: str | None = None, lanes: int | None = None) -> Iterator[None]:
-    """In this context products have operands of this precision, and the plan is the one that is named.
-
-    Args:
-        precision: "fp32", or "tf32", "bf16", "fp16" for tensor cores, which add up in fp32. Convolutions are in fp32 whatever it says.
-        tier: "stream" or "resident"; None: what the planner finds faster.
-        lanes: samples of a tile; None likewise.
-    """
-    token = _OPTIONS.set(Options(precision, tier, lanes))
-    try:
-        yield
-    finally:
-        _OPTIONS.reset(token)
+options = Scope(Options)
 
 
 @lru_cache(maxsize=1)
@@ -75,30 +60,12 @@ def availability() -> tuple[bool, str]:
 
 def refusal(call: Call) -> str | None:
     """Why the engine cannot run a call, or None."""
-    device = device_of(call)
-    if isinstance(device, str):
-        return device
-    if not selection.is_float32(call.trace.graph):
-        return "it runs float32; a vertex of this graph has another dtype"
-    reason = selection.refusal(call)
-    if reason is not None or not call.size:
-        return reason
-    found = plan_for(selection.code_of(call), call.size, device)
-    return found if isinstance(found, str) else None
+    return selection.refusal_on(device_of(call), call, plan_for)
 
 
 def device_of(call: Call) -> torch.device | str:
-    """The one CUDA device of a call's tensors, or why there is none."""
-    tensors = [*call.tensors.values(), *getattr(call.objective, "targets", {}).values()]
-    other = next((tensor for tensor in tensors if not _fits(tensor)), None)
-    if other is not None:
-        return f"it runs float32 on a CUDA device; this call has {other.dtype} on {other.device}"
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    return torch.device(devices[0]) if len(devices) == 1 else f"it runs on one device; this call has tensors on {', '.join(devices)}"
-
-
-def _fits(tensor: Tensor) -> bool:
-    return tensor.device.type == DEVICE and (tensor.dtype is torch.float32 or not tensor.is_floating_point())
+    """The one device of a call's tensors, or why there is none."""
+    return selection.device_of(call, DEVICE, "a CUDA device")
 
 
 DEVICE = "cuda"  # tests of the emulated engine set "cpu"
@@ -107,7 +74,7 @@ DEVICE = "cuda"  # tests of the emulated engine set "cpu"
 def plan_for(compiled: Compiled | str, batch: int, device: torch.device) -> Plan | str:
     """How code runs on a batch under the options of this context."""
     assert isinstance(compiled, Compiled)
-    return _planned(compiled, batch, limits(device), _OPTIONS.get())
+    return _planned(compiled, batch, limits(device), options.get())
 
 
 @lru_cache(maxsize=1024)
@@ -125,10 +92,7 @@ def limits(device: torch.device) -> Limits:
 
 def run(call: Call) -> Outcome:
     """One inference, in order with whatever else is on the current stream."""
-    device = device_of(call)
-    assert isinstance(device, torch.device), device
-    found = plan_for(selection.code_of(call), call.size, device) if call.size else ""
-    return native.run_on(device, call, execute, getattr(found, "reason", "an empty batch"))
+    return native.run_on(device_of(call), call, execute, plan_for)
 
 
 def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:

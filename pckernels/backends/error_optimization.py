@@ -14,21 +14,16 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from pckernels.backends.feedforward import Bound, Local, feedback
+from pckernels.backends.feedforward import Bound, feedback
 from pckernels.backends.learning import learned
-from pckernels.backends.results import Tensors, Trajectory, diverged, energy, full_errors, outcome
-from pckernels.call import Call, Objective, Outcome, Snapshot
+from pckernels.backends.results import Tensors, Trajectory, diverged, outcome
+from pckernels.backends.state import Moving
+from pckernels.call import Call, Outcome
 from pckernels.schedule import steps_on, sweep_groups
 
 
-class ForwardState:
-    """Errors, and the values and predictions that follow from them by a forward pass."""
-
-    def __init__(self, bound: Bound, objective: Objective):
-        self.bound, self.graph, self.objective = bound, bound.graph, objective
-        self.locals: dict[str, Local] = dict(bound.locals)
-        self.velocities: Tensors = {}
-        self.losses, self.errors = objective({name: bound.mu[name] for name in self.graph.outputs})
+class ForwardState(Moving):
+    """Errors are what moves; values and predictions follow from them by a forward pass."""
 
     def value(self, name: str) -> Tensor:
         """v_i = mu_i + eps_i; of an output its prediction."""
@@ -50,8 +45,7 @@ class ForwardState:
         moved = [name for name in names if name in deltas]
         for name in moved:
             drive = deltas[name] - self.errors[name] if name in self.errors else deltas[name]
-            velocity = self.velocities[name] = momentum * self.velocities[name] + drive if momentum and name in self.velocities else drive
-            step = rate * velocity
+            step = rate * self.velocity(name, drive, momentum)
             self.errors[name] = self.errors[name] + step if name in self.errors else step
         self.follow(moved)
 
@@ -64,15 +58,7 @@ class ForwardState:
                 self.locals[vertex.name] = self.bound.local(vertex, {parent: self.value(parent) for parent in parents})
                 changed.add(vertex.name)
         if changed.intersection(self.graph.outputs):
-            self.losses, at_outputs = self.objective({name: self.locals[name].mu.detach() for name in self.graph.outputs})
-            self.errors.update(at_outputs)
-
-    def energy(self) -> Tensor:
-        """F: half the squared hidden errors, and the loss, summed over the batch."""
-        return energy(self.losses, [error for name, error in self.errors.items() if name not in self.graph.outputs])
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot({vertex.name: self.value(vertex.name) for vertex in self.graph.vertices}, full_errors(self.bound, self.errors))
+            self.observe()
 
 
 def optimize_errors(bound: Bound, call: Call) -> Outcome:

@@ -45,8 +45,7 @@ def compute_constants(graph: ComputationGraph, tensors: Mapping[str, Tensor]) ->
     for name in graph.schedule:
         derived = graph.derived.get(name)
         if derived is not None:
-            reads = [tensors[read] if read in tensors else found[read] for read in derived.reads]
-            found[name] = _of_shapes(derived, reads) if derived.of_shapes else derived.compute(*reads)
+            found[name] = _computed(derived, [tensors[read] if read in tensors else found[read] for read in derived.reads])
     return found
 
 
@@ -54,8 +53,10 @@ _KEPT = 8  # shapes for which a constant is remembered
 _known: WeakKeyDictionary[Derived, OrderedDict[object, object]] = WeakKeyDictionary()
 
 
-def _of_shapes(derived: Derived, reads: Sequence[object]) -> object:
-    """A constant that depends on shapes alone, computed once for each: nobody writes to a constant."""
+def _computed(derived: Derived, reads: Sequence[object]) -> object:
+    """A derived quantity; one that depends on shapes alone is computed once for each of them: nobody writes to a constant."""
+    if not derived.of_shapes:
+        return derived.compute(*reads)
     key = tuple((read.shape, read.dtype, read.device) if isinstance(read, Tensor) else read for read in reads)
     known = _known.setdefault(derived, OrderedDict())
     if key not in known:
@@ -148,7 +149,7 @@ class Bound:
             self._compute_weight(name)
         elif name not in self.environment:
             with torch.no_grad():
-                self.environment[name] = derived.compute(*[self._constant(read) for read in derived.reads])
+                self.environment[name] = _computed(derived, [self._constant(read) for read in derived.reads])
 
     def _start(self, local: Local) -> Tensor:
         """Where the children of a vertex start from."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from pckernels import engine
 from pckernels.backends import native, selection
 from pckernels.call import Call, Outcome
@@ -25,16 +22,10 @@ def availability() -> tuple[bool, str]:
 
 def refusal(call: Call) -> str | None:
     """Why the engine cannot run a call, or None."""
-    for tensor in call.tensors.values():
-        if not _fits(tensor):
-            return f"it runs float32 on the CPU; this call has {tensor.dtype} on {tensor.device}"
-    if not selection.is_float32(call.trace.graph):
-        return "it runs float32; a vertex of this graph has another dtype"
-    return selection.refusal(call)
-
-
-def _fits(tensor: Tensor) -> bool:
-    return tensor.is_cpu and (tensor.dtype is torch.float32 or not tensor.is_floating_point())
+    other = selection.misfit(call.tensors.values(), "cpu")
+    if other is not None:
+        return f"it runs float32 on the CPU; this call has {other.dtype} on {other.device}"
+    return selection.refusal_in_float32(call)
 
 
 def run(call: Call) -> Outcome:

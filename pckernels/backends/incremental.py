@@ -31,7 +31,8 @@ class Weights:
     def __init__(self, bound: Bound, call: Call):
         self.bound, self.call = bound, call
         self.tensors: Mapping[str, Tensor] = call.tensors
-        self.totals: Tensors = {name: torch.zeros_like(call.tensors[name]) for name in bound.learning}
+        moving = bound.learning if call.update is None else ()  # an optimizer moves the module's own, and needs no sum
+        self.totals: Tensors = {name: torch.zeros_like(call.tensors[name]) for name in moving}
         self.readers = [vertex.name for vertex in bound.graph.vertices if vertex.weights]
 
     def gradients(self, state: State) -> Tensors:
@@ -57,9 +58,7 @@ class Weights:
 
     def learnt(self) -> Tensors:
         """What is to be added to `.grad`: the sum over the steps. An optimizer has had it already."""
-        if not self.call.learn or self.call.update is not None:
-            return {}
-        return {name: total * self.call.factor for name, total in self.totals.items()}
+        return {} if not self.call.learn else {name: total * self.call.factor for name, total in self.totals.items()}
 
 
 def descend_together(bound: Bound, call: Call) -> Outcome:

@@ -5,7 +5,7 @@ A backend hands in `execute`: it runs code over weights, io, gradients and energ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from pckernels.backends import closed_form, energies
-from pckernels.backends.binding import Binding, Execute, of_outputs
+from pckernels.backends.binding import Binding, Execute
 from pckernels.backends.feedforward import learning_parameters
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.path_lengths import make_plan
 from pckernels.backends.results import Lazy, complaint, feed_forward_outcome
-from pckernels.backends.selection import code_of
+from pckernels.backends.selection import PlanFor, code_of
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
+from pckernels.memory import Packed, part_of
 from pckernels.rules import Dynamics
 
 Result = TypeVar("Result")
@@ -33,12 +34,15 @@ def run(call: Call, execute: Execute) -> Outcome:
     assert not isinstance(code, str), code
     with torch.no_grad():
         binding = Binding(call, code, execute)
-        binding.run()
-        return _Results(binding).outcome()
+        memory = binding.run()
+        return _Results(binding, memory).outcome(memory.gradients)
 
 
-def run_on(device: torch.device, call: Call, execute: Execute, reason: str) -> Outcome:
-    """One inference whose tensors, those computed later too, are made on a device; `reason`: how the backend runs it, in words."""
+def run_on(device: torch.device | str, call: Call, execute: Execute, plan_for: PlanFor) -> Outcome:
+    """One inference as a backend plans it, whose tensors, those computed later too, are made on the device of the call's tensors."""
+    assert isinstance(device, torch.device), device
+    plan = plan_for(code_of(call), call.size, device) if call.size else ""
+    reason = getattr(plan, "reason", "an empty batch")
 
     def there(compute: Callable[[], Result]) -> Callable[[], Result]:
         def later() -> Result:
@@ -54,19 +58,20 @@ def run_on(device: torch.device, call: Call, execute: Execute, reason: str) -> O
 
 
 class _Results:
-    """What a run has found."""
+    """What a run has found. It holds what somebody may ask for: not the scratch memory, nor the gradients, which would then be copied."""
 
-    def __init__(self, binding: Binding):
+    def __init__(self, binding: Binding, memory: Packed):
         self.binding, self.call, self.code, self.program = binding, binding.call, binding.code, binding.program
-        self.graph, self.memory = binding.call.trace.graph, binding.memory
+        self.graph, self.kept, self.energies = binding.call.trace.graph, memory.kept, memory.energies
         self.names = [node.name for node in self.program.nodes]  # in the order of the energies' slots
 
-    def outcome(self) -> Outcome:
+    def outcome(self, gradients: Sequence[Tensor]) -> Outcome:
+        """`gradients`: what the code has learned, in the order of its slots."""
         if self.call.objective is None:
             return feed_forward_outcome({name: self._value(name) for name in self.names}, {})
         losses = self._losses()
         may_diverge = self.call.dynamics.moves == "values"
-        good, divergence = energies.verdict(self.memory.energies, self.code.still, may_diverge)
+        good, divergence = energies.verdict(self.energies, self.code.still, may_diverge)
         return Outcome(
             losses=losses,
             values=Lazy(self._values),
@@ -75,23 +80,27 @@ class _Results:
             good=good,
             complaint=lambda: complaint(self._feed_forward(), self.call.dynamics, self._trajectory(), self._errors(), divergence()),
             plan=_plan(self.code, self.call.dynamics),
-            gradients=self._gradients() if self.call.learn else {},
+            gradients=self._gradients(gradients) if self.call.learn else {},
         )
 
     def _losses(self) -> Tensor:
         """(B,): summed over the outputs."""
-        found = [self.binding.result("losses", name) for name in of_outputs(self.program, self.code)]
+        found = [self._result("losses", name) for name in self.program.outputs if ("losses", name) in self.code.slots]
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
     def _trajectory(self) -> Tensor:
-        return energies.trajectory(self.memory.energies, self.code.still)
+        return energies.trajectory(self.energies, self.code.still)
 
     def _feed_forward(self) -> dict[str, Tensor]:
         """The feed-forward predictions, which the call has not kept."""
         return run(replace(self.call, objective=None, learn=False, memo={}), self.binding.execute).values()
 
+    def _result(self, kind: str, name: str) -> Tensor:
+        """What the code has kept, flat."""
+        return part_of(self.code, self.binding.batch, self.kept, self.code.slots[kind, name])
+
     def _value(self, name: str) -> Tensor:
-        return self.binding.shaped(self.binding.result("value", name), name)
+        return self.binding.shaped(self._result("value", name), name)
 
     def _errors(self) -> dict[str, Tensor]:
         found = {}
@@ -100,7 +109,7 @@ class _Results:
             if coefficient == 0.0:
                 found[name] = torch.zeros_like(self._value(name))
             else:
-                error = self.binding.shaped(self.binding.result("error", name), name)
+                error = self.binding.shaped(self._result("error", name), name)
                 found[name] = error if coefficient == 1.0 else coefficient * error
         return found
 
@@ -115,18 +124,17 @@ class _Results:
     def _energy_of_sweep(self, losses: Tensor) -> Callable[[], Tensor]:
         """F at t = 0 .. T from the squares of the sweep's errors; where several path lengths make one up, by the reference."""
         plan = make_plan(self.graph, self.call.dynamics, closed_form.plan_dtype(self.graph))
-        squares = {name: self.memory.energies[0, slot] for slot, name in enumerate(self.names) if name not in self.program.outputs}
+        squares = {name: self.energies[0, slot] for slot, name in enumerate(self.names) if name not in self.program.outputs}
         if self.call.dynamics.learn_on_arrival:
             return lambda: energies.arrival_energy(self.graph, squares, losses)
         if any(len(lengths) > 1 for lengths in self.code.lengths.values()):
             return closed_form.energy_later(self.call)
         return lambda: energies.sweep_energy(plan, self.code, squares, losses)
 
-    def _gradients(self) -> dict[str, Tensor]:
+    def _gradients(self, learned: Sequence[Tensor]) -> dict[str, Tensor]:
         """Parameter in the graph -> dF/dtheta times the factor, also through functions of parameters and of vertices outside."""
-        memory, bound = self.memory, self.binding.bound
-        found = dict(zip(self.code.gradients, memory.gradients, strict=True))
-        self.memory = self.binding.memory = replace(memory, gradients=())  # nobody else holds them: they become the .grad without a copy
+        bound = self.binding.bound
+        found = dict(zip(self.code.gradients, learned, strict=True))
         if isinstance(self.call.factor, Tensor):
             found = {name: gradient * self.call.factor for name, gradient in found.items()}
         if bound is None:

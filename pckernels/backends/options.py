@@ -5,43 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Options = TypeVar("Options")
 
 
-@dataclass(frozen=True)
-class Options:
-    """None leaves the choice to the planner.
+class Scope(Generic[Options]):
+    """The options of one backend, a frozen dataclass with defaults: `with scope(precision="tf32"): ..` sets them, `get` reads them."""
 
-    Attributes:
-        precision: of the products' operands: "fp32", "tf32", "bf16", "fp16". Sums are in float32.
-        variant: which kind of kernel.
-        lanes: samples of a tile.
-        warps: of a program, of 32 threads each.
-    """
-
-    precision: str = "fp32"
-    variant: str | None = None
-    lanes: int | None = None
-    warps: int | None = None
-
-
-_DEFAULT = Options()
-
-
-class Scope:
-    """The options of one backend: `with scope(precision="tf32"): ..` sets them, `scope.get()` reads them."""
-
-    def __init__(self, name: str):
-        self._current: ContextVar[Options] = ContextVar(f"options of the {name} backend", default=_DEFAULT)
+    def __init__(self, kind: type[Options]):
+        self._kind, self._default = kind, kind()
+        self._current: ContextVar[Options] = ContextVar(f"options in {kind.__module__}", default=self._default)
 
     def get(self) -> Options:
         return self._current.get()
 
     @contextmanager
-    def __call__(
-        self, precision: str = "fp32", variant: str | None = None, lanes: int | None = None, warps: int | None = None
-    ) -> Iterator[None]:
-        token = self._current.set(Options(precision, variant, lanes, warps))
+    def __call__(self, *args: Any, **options: Any) -> Iterator[None]:
+        token = self._current.set(self._kind(*args, **options))
         try:
             yield
         finally:

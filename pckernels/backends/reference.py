@@ -135,7 +135,7 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
     start = state.losses
     graph, original = bound.graph, call.trace.graph
     updates = LocalUpdates(bound, call.factor)
-    learned: Tensors = {}
+    arrived: Tensors = {}
     energies: list[Tensor] = []
     history: list[Snapshot] | None = [] if call.record else None
     for step in range(graph.depth + 1):
@@ -143,15 +143,15 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
             state.move([vertex.name for vertex in graph.hidden], call.dynamics.rate, 0.0)
         for vertex in graph.vertices:
             if vertex.distance == step and vertex.name in state.errors:
-                learned[vertex.name] = state.errors[vertex.name]
+                arrived[vertex.name] = state.errors[vertex.name]
                 if call.learn:
                     updates.learn(state.locals[vertex.name], state.errors[vertex.name])
-        energies.append(energy(start, [error for name, error in learned.items() if name in original and name not in graph.outputs]))
+        energies.append(energy(start, [error for name, error in arrived.items() if name in original and name not in graph.outputs]))
         if history is not None:
-            history.append(Frozen(bound, dict(learned)).snapshot(original))
+            history.append(Frozen(bound, dict(arrived)).snapshot(original))
     plan = f"literal zero-divergence dynamics, {graph.depth} steps, {len(graph) - len(original)} identity vertices"
     return outcome(
-        bound, call, start, Frozen(bound, learned), torch.stack(energies), None, updates.gradients() if call.learn else {}, history, plan
+        bound, call, start, Frozen(bound, arrived), torch.stack(energies), None, updates.gradients() if call.learn else {}, history, plan
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from pckernels.backends import closed_form
 from pckernels.backends.path_lengths import make_plan
@@ -19,6 +21,7 @@ from pckernels.objective import Objective as Target
 from pckernels.program import Program
 from pckernels.rules import Dynamics
 
+PlanFor = Callable[[Compiled | str, int, torch.device], object]  # how a backend runs code on a batch, or why it cannot
 Objectives = tuple[tuple[str, Objective], ...]
 
 
@@ -60,6 +63,42 @@ def compiled(
 def is_float32(graph: ComputationGraph) -> bool:
     """Whether every vertex is, as the compiled engines need it."""
     return all(vertex.dtype in (None, torch.float32) for vertex in graph.vertices)
+
+
+def misfit(tensors: Iterable[Tensor], kind: str) -> Tensor | None:
+    """The first tensor that is not on a device of this kind, or is floating point but not float32."""
+    for tensor in tensors:
+        if tensor.device.type != kind or (tensor.dtype is not torch.float32 and tensor.is_floating_point()):
+            return tensor
+    return None
+
+
+def device_of(call: Call, kind: str, place: str) -> torch.device | str:
+    """The one device of a call's tensors and targets, of this kind, or why there is none; `place`: the kind in words."""
+    tensors = [*call.tensors.values(), *getattr(call.objective, "targets", {}).values()]
+    other = misfit(tensors, kind)
+    if other is not None:
+        return f"it runs float32 on {place}; this call has {other.dtype} on {other.device}"
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    return torch.device(devices[0]) if len(devices) == 1 else f"it runs on one device; this call has tensors on {', '.join(devices)}"
+
+
+def refusal_on(device: torch.device | str, call: Call, plan_for: PlanFor) -> str | None:
+    """Why a backend that plans its calls cannot run one on a device, or None."""
+    if isinstance(device, str):
+        return device
+    reason = refusal_in_float32(call)
+    if reason is not None or not call.size:
+        return reason
+    found = plan_for(code_of(call), call.size, device)
+    return found if isinstance(found, str) else None
+
+
+def refusal_in_float32(call: Call) -> str | None:
+    """Why no backend that computes in float32 can run a call, or None."""
+    if not is_float32(call.trace.graph):
+        return "it runs float32; a vertex of this graph has another dtype"
+    return refusal(call)
 
 
 def refusal(call: Call) -> str | None:

@@ -11,20 +11,48 @@ from pckernels.backends.results import Tensors, energy, full_errors
 from pckernels.call import Objective, Snapshot
 
 
-class State:
-    """Values, predictions and errors of a graph at one moment.
-
-    Values are kept as displacements d_i = v_i - (feed-forward value), so that eps_i = d_i - (mu_i - its feed-forward
-    value) loses no digits near equilibrium. The loss pulls with the factor beta: eps_out = -beta dloss/dmu_out.
-    """
+class Moving:
+    """Predictions and errors of a graph at one moment, from the feed-forward pass on. The loss pulls with the factor beta:
+    eps_out = -beta dloss/dmu_out."""
 
     def __init__(self, bound: Bound, objective: Objective, beta: float = 1.0):
         self.bound, self.graph, self.objective, self.beta = bound, bound.graph, objective, beta
-        self.displacements: Tensors = {}
         self.locals: dict[str, Local] = dict(bound.locals)
         self.velocities: Tensors = {}
         self.errors: Tensors = {}
-        self._observe()
+        self.observe()
+
+    def value(self, name: str) -> Tensor:
+        """v_i; of an output, which has no free value, its prediction."""
+        raise NotImplementedError
+
+    def observe(self) -> None:
+        """The losses at the present predictions, and the errors that they put at the outputs."""
+        self.losses, errors = self.objective({name: self.locals[name].mu.detach() for name in self.graph.outputs})
+        self.errors.update(errors if self.beta == 1.0 else {name: self.beta * error for name, error in errors.items()})
+
+    def velocity(self, name: str, drive: Tensor, momentum: float) -> Tensor:
+        """velocity_i <- momentum * velocity_i + drive_i."""
+        velocity = momentum * self.velocities[name] + drive if momentum and name in self.velocities else drive
+        self.velocities[name] = velocity
+        return velocity
+
+    def energy(self) -> Tensor:
+        """F: half the squared hidden errors, and beta times the loss, summed over the batch."""
+        return energy(self.beta * self.losses, [error for name, error in self.errors.items() if name not in self.graph.outputs])
+
+    def snapshot(self) -> Snapshot:
+        names = [vertex.name for vertex in self.graph.vertices]
+        return Snapshot({name: self.value(name) for name in names}, full_errors(self.bound, self.errors))
+
+
+class State(Moving):
+    """Values are what moves, kept as displacements d_i = v_i - (feed-forward value), so that eps_i = d_i - (mu_i - its feed-forward
+    value) loses no digits near equilibrium."""
+
+    def __init__(self, bound: Bound, objective: Objective, beta: float = 1.0):
+        super().__init__(bound, objective, beta)
+        self.displacements: Tensors = {}
 
     def value(self, name: str) -> Tensor:
         """v_i; of an output, which has no free value, its prediction."""
@@ -57,8 +85,8 @@ class State:
         """Move the vertices of a group at once, and nothing else. Returns the moves."""
         moves = {}
         for name, drive in self.drives(names).items():
-            velocity = self.velocities[name] = momentum * self.velocities[name] + drive if momentum and name in self.velocities else drive
-            moves[name] = rate * velocity if mask is None else mask(name, rate * velocity)
+            step = rate * self.velocity(name, drive, momentum)
+            moves[name] = step if mask is None else mask(name, step)
         for name, step in moves.items():
             self.displacements[name] = self.displacements[name] + step if name in self.displacements else step
         return moves
@@ -74,21 +102,8 @@ class State:
             if name not in self.graph.outputs:
                 self.errors[name] = self._error(name)
         if any(name in self.graph.outputs for name in repredicted):
-            self._observe()
-
-    def _observe(self) -> None:
-        """The losses at the present predictions, and the errors that they put at the outputs."""
-        self.losses, errors = self.objective({name: self.locals[name].mu.detach() for name in self.graph.outputs})
-        self.errors.update(errors if self.beta == 1.0 else {name: self.beta * error for name, error in errors.items()})
+            self.observe()
 
     def _error(self, name: str) -> Tensor:
         change = self.locals[name].mu.detach() - self.bound.mu[name]
         return self.displacements[name] - change if name in self.displacements else -change
-
-    def energy(self) -> Tensor:
-        """F: half the squared hidden errors, and beta times the loss, summed over the batch."""
-        return energy(self.beta * self.losses, [error for name, error in self.errors.items() if name not in self.graph.outputs])
-
-    def snapshot(self) -> Snapshot:
-        names = [vertex.name for vertex in self.graph.vertices]
-        return Snapshot({name: self.value(name) for name in names}, full_errors(self.bound, self.errors))

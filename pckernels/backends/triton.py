@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from pckernels.backends import native, selection
-from pckernels.backends.options import Options, Scope
+from pckernels.backends.options import Scope
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
 from pckernels.errors import Unsupported
 from pckernels.instructions import Op
 from pckernels.memory import Packed
 from pckernels.planner import Limits
-from pckernels.triton_planner import Plan, plan
+from pckernels.triton_planner import Options, Plan, plan
 
-options = Scope("triton")
+options = Scope(Options)
 INTERPRETED = Limits(80, 0, 2)  # what the interpreter plans for: two programs, so that one takes several tiles
 
 
@@ -47,27 +47,13 @@ def availability() -> tuple[bool, str]:
 
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run a call, or None."""
-    device = device_of(call)
-    if isinstance(device, str):
-        return device
-    if not selection.is_float32(call.trace.graph):
-        return "it runs float32; a vertex of this graph has another dtype"
-    reason = selection.refusal(call)
-    if reason is not None or not call.size:
-        return reason
-    found = plan_for(selection.code_of(call), call.size, device)
-    return found if isinstance(found, str) else None
+    return selection.refusal_on(device_of(call), call, plan_for)
 
 
 def device_of(call: Call) -> torch.device | str:
     """The one device of a call's tensors, or why there is none."""
     kind, place = ("cpu", "the CPU in Triton's interpreter") if interpreted() else ("cuda", "a CUDA device")
-    tensors = [*call.tensors.values(), *getattr(call.objective, "targets", {}).values()]
-    for tensor in tensors:
-        if tensor.device.type != kind or (tensor.is_floating_point() and tensor.dtype is not torch.float32):
-            return f"it runs float32 on {place}; this call has {tensor.dtype} on {tensor.device}"
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    return torch.device(devices[0]) if len(devices) == 1 else f"it runs on one device; this call has tensors on {', '.join(devices)}"
+    return selection.device_of(call, kind, place)
 
 
 def plan_for(compiled: Compiled | str, batch: int, device: torch.device) -> Plan | str:
@@ -95,10 +81,7 @@ def limits(device: torch.device) -> Limits:
 
 def run(call: Call) -> Outcome:
     """One inference, in order with whatever else is on the current stream."""
-    device = device_of(call)
-    assert isinstance(device, torch.device), device
-    found = plan_for(selection.code_of(call), call.size, device) if call.size else ""
-    return native.run_on(device, call, launch, getattr(found, "reason", "an empty batch"))
+    return native.run_on(device_of(call), call, launch, plan_for)
 
 
 # Launching
@@ -165,7 +148,7 @@ class _Launch:
         energies = self._new(tiles, self.code.steps + 1, self.code.energies, dtype=torch.float64).zero_()
         if self.code.phases:
             self._relax(learned, energies)
-        self._add_up(energies, self.memory.energies, 1.0, add=False)
+        kernels("tables").sum_parts(energies, self.memory.energies, 1.0, add=False)
         self._learn(learned, factor)
 
     def _relax(self, learned: Tensor, energies: Tensor) -> None:
@@ -209,16 +192,9 @@ class _Launch:
         for slot, gradient in enumerate(gradients):
             if slot in self.tables.learned:
                 start, size = self.tables.learned[slot]
-                self._add_up(learned[:, start : start + size], gradient, factor, add=slot in done)
+                kernels("tables").sum_parts(learned[:, start : start + size], gradient, factor, add=slot in done)
             elif slot not in done:
                 gradient.zero_()
-
-    def _add_up(self, parts: Tensor, result: Tensor, scale: float, add: bool) -> None:
-        """result = scale * parts (count, ..) summed over count, in order."""
-        module, size = kernels("tables"), result.numel()
-        if size:
-            grid = (-(-size // module.BLOCK),)
-            module.add_up[grid](parts, result, len(parts), parts.stride(0), size, scale, ADD=add, BLOCK=module.BLOCK)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
