@@ -6,9 +6,12 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -294,6 +297,23 @@ def test_the_environment_chooses_the_instructions(name: str, text: str, backend:
     environment = {**os.environ, "PCKERNELS_INSTRUCTIONS": name}
     found = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert text in found.stdout
+
+
+def test_an_inference_lets_go_of_what_only_the_run_needed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module(f"pckernels.backends.{backend}")
+    scratch: list[weakref.ref[Tensor]] = []
+    execute = module.execute
+
+    def spied(*arguments: Any) -> None:
+        scratch.append(weakref.ref(arguments[1].scratch))
+        execute(*arguments)
+
+    monkeypatch.setattr(module, "execute", spied)
+    _, network = networks("mlp")
+    network.backend, network.rule, network.loss = backend, pck.Strict(3, 0.1), "squared_error"
+    inference = network.backward(*data("mlp", 20, "squared_error"))
+    assert scratch and all(each() is None for each in scratch)
+    assert all(value.isfinite().all() for value in inference.values.values())
 
 
 def test_auto_takes_the_backend(backend: str) -> None:
