@@ -64,6 +64,7 @@ export -f build sanitize
 nvidia-smi >"$OUT/nvidia-smi.log" 2>&1 || true
 part build 150 bash -c build
 part tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_gpu.py --junitxml="$OUT/tests.xml"
+part graph 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_graph_gpu.py
 for tool in memcheck racecheck synccheck initcheck; do
   # shellcheck disable=SC2016  # the inner bash expands it
   part "$tool" 32 bash -c 'sanitize "$1"' _ "$tool"

@@ -93,10 +93,18 @@ class Section:
         return self.last > self.first
 
 
-def assemble(sections: Sequence[Section]) -> tuple[tuple[Phase, ...], int]:
-    """Phases with every array in its rows and a barrier before each instruction that needs one; and how many rows there are."""
+def prepare(sections: Sequence[Section]) -> list[Section]:
+    """The sections that run, with everything that is read before it is written set to zero at the start."""
     sections = [section for section in sections if section.drafts and section.last >= section.first]
     _clear_what_is_read_early(sections)
+    return sections
+
+
+def assemble(sections: Sequence[Section]) -> tuple[tuple[Phase, ...], int]:
+    """Phases with every array in its rows and a barrier before each instruction that needs one; and how many rows there are.
+
+    sections: as `prepare` leaves them.
+    """
     places, rows = _places(sections)
     phases = []
     for section in sections:
@@ -195,7 +203,7 @@ def _lives(sections: Sequence[Section]) -> dict[Array, tuple[int, int]]:
     moment = 0
     for section in sections:
         start, end = moment, moment + len(section.drafts) - 1
-        throughout = _carried(section) | set(lives) if section.repeats else set()
+        throughout = carried(section) | set(lives) if section.repeats else set()
         for draft in section.drafts:
             for array in draft.roots:
                 own = (start, end) if array in throughout else (moment, moment)
@@ -205,15 +213,15 @@ def _lives(sections: Sequence[Section]) -> dict[Array, tuple[int, int]]:
     return _through_loops(sections, lives)
 
 
-def _carried(section: Section) -> set[Array]:
+def carried(section: Section) -> set[Array]:
     """Arrays that a turn may read before it writes them: by their order, or since the light cone lets a reader run before any writer."""
     written: dict[Array, float] = {}  # the step from which on an earlier instruction of the turn writes the array
-    carried: set[Array] = set()
+    found: set[Array] = set()
     for draft in section.drafts:
-        carried.update(array.root for array in atoms(draft.reads) if written.get(array, math.inf) > max(draft.first, section.first))
+        found.update(array.root for array in atoms(draft.reads) if written.get(array, math.inf) > max(draft.first, section.first))
         for array in atoms(draft.writes):
             written[array] = min(written.get(array, math.inf), draft.first)
-    return carried
+    return found
 
 
 def _through_loops(sections: Sequence[Section], lives: dict[Array, tuple[int, int]]) -> dict[Array, tuple[int, int]]:

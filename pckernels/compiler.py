@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from pckernels.arena import ALIGNMENT, Array, Draft
+from pckernels.arena import ALIGNMENT, Array, Draft, Section
 from pckernels.backends.path_lengths import Plan
 from pckernels.emitter import Emitter, Objective, Place
 from pckernels.errors import Unsupported
@@ -30,6 +30,7 @@ class Compiled:
         carried: whether energies are those of the steps; otherwise they are ||delta||^2 of each node, once.
         still: energy slots of losses that the steps do not move: they are known from the start.
         program, dynamics: what the steps were compiled from, for kernels that run a whole model by themselves; None of other code.
+        sections: the code before its arrays had rows in an arena, for what keeps each array in a tensor of its own.
     """
 
     code: Code
@@ -42,6 +43,7 @@ class Compiled:
     lengths: dict[str, set[int]] = field(default_factory=dict)
     program: Program | None = None
     dynamics: Dynamics | None = None
+    sections: tuple[Section, ...] = ()
 
     @cached_property
     def places(self) -> list[tuple[str, int]]:
@@ -166,7 +168,8 @@ def _compiled(emitter: Emitter, steps: int, coefficients: dict[str, float], carr
     io = tuple(place for _, place in emitter.io.values())
     outputs = (emitter.nodes[name] for name in emitter.objectives)
     still = tuple(emitter.energy_slots[node.name] for node in outputs if node.prediction not in emitter.moving)
-    return Compiled(code, tuple(emitter.weights), io, tuple(emitter.gradients), coefficients, carried, still)
+    weights, gradients, sections = tuple(emitter.weights), tuple(emitter.gradients), tuple(emitter.sections)
+    return Compiled(code, weights, io, gradients, coefficients, carried, still, sections=sections)
 
 
 def _feedback(emitter: Emitter, sinks: Mapping[int, Array], arrives: Mapping[str, int]) -> set[Array]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pckernels.backends import cuda, host, reference, triton
+from pckernels.backends import cuda, graph, host, reference, triton
 from pckernels.call import Call, Outcome
 from pckernels.errors import Unsupported
 
@@ -33,10 +33,12 @@ class Backend:
 _BACKENDS: dict[str, Backend] = {
     "reference": Backend(Support(True, "pure PyTorch, on any device and in any floating dtype"), lambda call: None, reference.run),
     "host": Backend(Support(*host.availability()), host.refusal, host.run),
+    "graph": Backend(Support(*graph.availability()), graph.refusal, graph.run),
     "triton": Backend(Support(*triton.availability()), triton.refusal, triton.run),
     "cuda": Backend(Support(*cuda.availability()), cuda.refusal, cuda.run),
 }
 # "auto" tries these. Not "cuda" or "triton": their kernels have passed every test that needs no GPU, but none on one; ask for them by name.
+# Nor "graph": on the CPU it is no faster than the reference, and on a GPU its recordings have not run yet.
 _ORDER = ("host", "reference")
 
 

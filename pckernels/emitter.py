@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pckernels import stages
-from pckernels.arena import Array, Draft, Section, assemble
+from pckernels.arena import Array, Draft, Section, assemble, prepare
 from pckernels.errors import Unsupported
 from pckernels.instructions import ABSENT, Code, Loss, Op, OuterProduct
 from pckernels.merging import merge_products
@@ -146,6 +146,7 @@ class Emitter:
         self._check_gradients()
         merge_products(self.sections)
         order_loops(self.sections)
+        self.sections = prepare(self.sections)
         phases, rows = assemble(self.sections)
         counts = {"weights": len(self.weights), "io": len(self.io), "gradients": len(self.gradients)}
         return Code(phases, rows, steps=steps, energies=len(self.energy_slots), products=tuple(self.products), **counts)

@@ -7,6 +7,7 @@ backend and the engine. Slow, and meant to be read beside instructions.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -280,6 +281,11 @@ class PoolShape:
         self.input, self.output = (self.channels, self.height, self.width), (self.channels, self.out_h, self.out_w)
 
     @property
+    def is_side_by_side(self) -> bool:
+        """Whether no element is in two windows, nor any window outside the image."""
+        return self.kernel == self.stride and self.padding == (0, 0) and self.dilation == (1, 1)
+
+    @property
     def of_input(self) -> range:
         return range(self.channels * self.height * self.width)
 
@@ -301,6 +307,26 @@ class PoolShape:
     def average(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, OH, OW)."""
         return F.avg_pool2d(x, self.kernel, self.stride, self.padding, False, not self.inside_only)
+
+    def spread(self, share: Callable[[int], Tensor], like: Tensor) -> Tensor:
+        """The transpose of `windows`: share(place), (B, C, OH, OW), added to the element at that place of each window; rows (B, n)."""
+        height = self.padding[0] + self.height + self._below
+        width = self.padding[1] + self.width + self._right
+        total = like.new_zeros(len(like), self.channels, height, width)
+        offsets = [(h, w) for h in self._offsets(0) for w in self._offsets(1)]
+        for place, (h, w) in enumerate(offsets):
+            total[:, :, h : h + self._span(0) : self.stride[0], w : w + self._span(1) : self.stride[1]] += share(place)
+        (top, left), (below, right) = self.padding, (self.padding[0] + self.height, self.padding[1] + self.width)
+        return total[:, :, top:below, left:right].flatten(1)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(OH, OW): what each window's average divides by."""
+        ones = torch.ones(1, 1, self.height, self.width)
+        if not self.inside_only:
+            ones = F.pad(ones, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]), value=1.0)
+        padding = self.padding if self.inside_only else (0, 0)
+        return F.avg_pool2d(ones, self.kernel, self.stride, padding, False, True, 1)[0, 0]
 
     def _offsets(self, axis: int) -> list[int]:
         return [k * self.dilation[axis] for k in range(self.kernel[axis])]

@@ -102,6 +102,13 @@ class _Linear(torch.autograd.Function):
         return ctx.operand.multiply(rows, None, True).reshape(*error.shape[:-1], -1), None, None
 
 
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """x W^T + b, or with `transposed` x W, of rows x: a plain product, by whichever library is faster."""
+    if not is_worth(len(x), x, weight):
+        return functional.linear(x, weight.t() if transposed else weight, bias)
+    return _operand(weight).multiply(x, bias, transposed)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b with W and b constant, in a result that can be differentiated for: its weights learn by outer products."""
     constant = None if bias is None else bias.detach()
