@@ -117,7 +117,7 @@ def compile_steps(
     learning: frozenset[str],
     gram: bool = False,
 ) -> Compiled:
-    """T steps, one after the other: of the values (predictions follow) or of the errors (predictions stay).
+    """T steps, one after the other: of the values (predictions follow), of the errors (predictions stay), or of errors that values follow.
 
     gram: hold displacements in the Gram form where there is one (emitter.Gram).
     """
@@ -125,20 +125,19 @@ def compile_steps(
         raise Unsupported("tolerance= lets each sample rest by itself, which only the reference does")
     if dynamics.learn_at_each_step:
         raise Unsupported("weights that move at every step would have to be written inside of the steps, which only the reference does")
-    if dynamics.is_nudged:
-        raise Unsupported("a nudge weighs the loss against the hidden energy, which only the reference does")
-    if dynamics.moves == "free_errors":
-        raise Unsupported("errors that move by themselves need a pass forwards and back at every step, which only the reference does")
     if dynamics.learn_on_arrival:
         raise Unsupported("the literal zero-divergence dynamics run on the levelled graph, which only the reference has")
     steps = steps_on(graph, dynamics.steps)
-    emitter = Emitter(program, objectives, learning, live=dynamics.moves == "values")
+    (nudge,) = dynamics.nudges  # of several, each is a run of its own
+    emitter = Emitter(program, objectives, learning, live=dynamics.moves != "errors", nudge=nudge)
     emitter.section(0, 0)
     for node in program.nodes:
         emitter.feed_forward(node)
         emitter.loss(node, at_start=True)
     if dynamics.moves == "values":
         _Values(emitter, graph, dynamics, gram).loop(steps)
+    elif dynamics.moves == "free_errors":
+        _FreeErrors(emitter, graph, dynamics).loop(steps)
     else:
         _Errors(emitter, graph, dynamics).loop(steps)
     emitter.section(steps, steps)
@@ -281,6 +280,62 @@ class _Values:
             elif reads:
                 emitter.first = 0
                 emitter.loss(node, at_start=False)
+
+
+class _FreeErrors:
+    """Gradient descent of F on the errors: delta_i = -dL/dv_i by a sweep back, errors move towards it, values follow by a forward pass."""
+
+    def __init__(self, emitter: Emitter, graph: ComputationGraph, dynamics: Dynamics):
+        self.emitter, self.graph, self.dynamics = emitter, graph, dynamics
+        self.deltas = {node.name: emitter.array(node.prediction, "delta") for node in emitter.hidden}
+        self.velocities = {node.name: emitter.array(node.prediction, "velocity") for node in emitter.hidden if dynamics.momentum}
+
+    def loop(self, steps: int) -> None:
+        self.emitter.section(1, steps)
+        for group in sweep_groups(self.graph, self.dynamics.sweep):
+            moved = self._move(group, self._sweep())
+            self._follow(moved)
+        for node in self.emitter.hidden:
+            self.emitter.norm(node, self.emitter.errors[node.name], 0.5)
+
+    def _sweep(self) -> set[Array]:
+        """The deltas, from the outputs up; those that anything has reached."""
+        emitter = self.emitter
+        sinks = {node.prediction: self.deltas[node.name] for node in emitter.hidden}
+        reached = {emitter.errors[name] for name in emitter.objectives}
+        for node in reversed(emitter.program.nodes):
+            delta = self.deltas.get(node.name, emitter.errors[node.name])
+            if delta in reached:
+                emitter.feedback(node, delta, sinks, reached)
+        return reached
+
+    def _move(self, group: Sequence[str], reached: set[Array]) -> set[str]:
+        """velocity <- momentum velocity + (delta - eps); eps <- eps + rate velocity, for those of a group that a delta reaches."""
+        factors = (self.dynamics.rate, self.dynamics.momentum, 1.0)
+        moved = [name for name in group if self.deltas[name] in reached]
+        for name in moved:
+            error = self.emitter.errors[name]
+            self.emitter.emit(Draft(Op.MOVE, error, error, self.deltas[name], self.velocities.get(name), n=error.n, f=factors))
+        return set(moved)
+
+    def _follow(self, moved: set[str]) -> None:
+        """The forward pass, from the first of the moved errors on: v_i = mu_i + eps_i."""
+        emitter = self.emitter
+        for node in emitter.program.nodes:
+            reads = any(parent.name in moved for parent in emitter.parents(node))
+            if reads:
+                emitter.refresh(node)
+            if node.name not in emitter.displacements:
+                if reads:
+                    emitter.loss(node, at_start=False)
+            elif reads or node.name in moved:
+                moved.add(node.name)
+                self._place(node)
+
+    def _place(self, node: Node) -> None:
+        d, error = self.emitter.displacements[node.name], self.emitter.errors[node.name]
+        if error is not d:
+            self.emitter.emit(Draft(Op.ADD, d, error, self.emitter.moved[node.name], n=d.n, f=(1.0, 1.0)))
 
 
 def compile_sweep(

@@ -70,12 +70,13 @@ class Emitter:
 
     Attributes:
         live: whether values move, so that predictions and Jacobians follow; otherwise all stays at the feed-forward pass.
+        nudge: the factor of the loss in the energy.
         errors, displacements: of each node; an output has no displacement.
         fed: of each node in the Gram form, the feedback into its state.
     """
 
-    def __init__(self, program: Program, objectives: Mapping[str, Objective], learning: frozenset[str], live: bool):
-        self.program, self.objectives, self.learning, self.live = program, objectives, learning, live
+    def __init__(self, program: Program, objectives: Mapping[str, Objective], learning: frozenset[str], live: bool, nudge: float = 1.0):
+        self.program, self.objectives, self.learning, self.live, self.nudge = program, objectives, learning, live, nudge
         self.nodes = {node.name: node for node in program.nodes}
         self.hidden = [node for node in program.nodes if node.name not in program.outputs]
         self.energy_slots = {node.name: slot for slot, node in enumerate(program.nodes)}
@@ -209,7 +210,8 @@ class Emitter:
         losses = self.place("losses", node.name, 1) if at_start else ABSENT
         slot = self.energy_slots[node.name]
         p = (int(objective.loss), objective.classes)
-        self.emit(Draft(Op.LOSS, self.errors[node.name], mu, change, target, n=mu.n, slot=slot, slot2=losses, p=p))
+        f = (self.nudge,)
+        self.emit(Draft(Op.LOSS, self.errors[node.name], mu, change, target, n=mu.n, slot=slot, slot2=losses, p=p, f=f))
 
     def _target(self, node: Node, objective: Objective) -> Array:
         if node.name not in self._targets:

@@ -63,9 +63,9 @@ class Op(enum.IntEnum):
     AVGPOOL = 18  #      out (C, OH, OW) = mean of each window of a; acc
     AVGPOOL_T = 19  #    out (C, H, W) = its transpose, of a (C, OH, OW); acc
     # The dynamics.
-    # LOSS: out = -dL/dmu, 0 in lanes without a sample; a = mu, b = its change, c = target; p0 is a Loss, p1 = C classes. The batch sum of L
-    # goes to energies[t][slot]; each sample's to io[slot2] (B, 1), unless ABSENT. Squared error: c has n rows. Cross-entropy: n / C
-    # positions of C logits; c holds one class index for each position, as a float; a negative one is ignored.
+    # LOSS: out = -f0 dL/dmu, 0 in lanes without a sample; a = mu, b = its change, c = target; p0 is a Loss, p1 = C classes. f0 times the
+    # batch sum of L goes to energies[t][slot]; each sample's L to io[slot2] (B, 1), unless ABSENT. Squared error: c has n rows.
+    # Cross-entropy: n / C positions of C logits; c holds one class index for each position, as a float; a negative one is ignored.
     LOSS = 20
     ERROR = 21  #        out = a - b
     # MOVE: velocity = f1 c + (b - f2 a), kept in c unless ABSENT; out += f0 velocity. a = error, b = feedback; f: rate, momentum, precision

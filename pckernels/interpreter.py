@@ -196,8 +196,8 @@ class Machine:
         mu = self.rows(i.a, i.n) + self.rows(i.b, i.n)
         squared = Loss(i.p[0]) is Loss.SQUARED_ERROR
         losses, error = self._squared_error(i) if squared else self._cross_entropy(mu, i)
-        self.put(i, error)
-        self.memory.energies[t, i.slot] = losses.sum()
+        self.put(i, i.f[0] * error)
+        self.memory.energies[t, i.slot] = i.f[0] * losses.sum()
         if i.slot2 != ABSENT:
             self.memory.io[i.slot2].view(self.batch).copy_(losses)
 

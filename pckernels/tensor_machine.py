@@ -308,8 +308,8 @@ def _avgpool_t(m: Machine, i: Draft) -> None:
 def _loss(m: Machine, i: Draft) -> None:
     assert i.a is not None and i.c is not None
     losses, error = operations.loss(Loss(i.p[0]), i.p[1], m.get(i.a), m.maybe(i.b), m.get(i.c))
-    m.put(i.out, error)
-    m.sums[i.slot] = losses.sum(dtype=torch.float64)
+    m.put(i.out, error if i.f[0] == 1.0 else i.f[0] * error)
+    m.sums[i.slot] = i.f[0] * losses.sum(dtype=torch.float64)
     if i.slot2 != ABSENT:
         m.io[i.slot2].view(m.batch).copy_(losses)
 

@@ -81,6 +81,8 @@ def chain_of(program: Program, dynamics: Dynamics) -> Chain | str:
 
 
 def _dynamics_refusal(dynamics: Dynamics) -> str | None:
+    if dynamics.is_nudged or dynamics.moves == "free_errors":
+        return "a chain relaxes values or errors under the plain loss; this rule nudges, or lets values follow errors"
     if dynamics.closed_form:
         return "a sweep of the closed form is no relaxation"
     if dynamics.sweep != "jacobi":

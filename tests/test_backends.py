@@ -179,6 +179,8 @@ def rules(steps: int) -> list[pck.rules.Rule]:
         pck.Strict(steps, 0.1, sweep="red_black"),
         pck.FixedPrediction(steps, 0.3),
         pck.FixedPrediction(steps, 0.3, solver="iterate"),
+        pck.ErrorOptimization(steps, 0.1, momentum=0.5),
+        *([pck.ErrorOptimization(steps, 0.2, sweep="red_black"), pck.Strict(steps, 0.1, nudge=("centered", 0.2))] if steps == 8 else []),
     ]
 
 

@@ -148,7 +148,7 @@ def test_more_sums_in_a_step_than_one_barrier_serves(built: Any) -> None:
         out = case.array(5)
         mu, target = case.load(random(batch, 5)), case.load(random(batch, 5))
         for slot in [*range(19), 3, 17, 18]:
-            case.add(Op.LOSS, n=5, out=out, a=mu, c=target, slot=slot, p=(int(Loss.SQUARED_ERROR), 0))
+            case.add(Op.LOSS, n=5, out=out, a=mu, c=target, slot=slot, p=(int(Loss.SQUARED_ERROR), 0), f=(1.0,))
             case.add(Op.ADD, n=5, out=mu, a=out, b=target, f=(0.5, 1.0))
         return case
 

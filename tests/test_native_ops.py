@@ -178,7 +178,7 @@ def test_squared_error(slot2: bool) -> None:
         n = 133
         out, mu, dmu, target = case.array(n), *(case.load(random(batch, n)) for _ in range(3))
         per_sample = {"slot2": case.result(1)} if slot2 else {}
-        case.add(Op.LOSS, n=n, out=out, a=mu, b=dmu, c=target, slot=0, p=(int(Loss.SQUARED_ERROR), 0), **per_sample)
+        case.add(Op.LOSS, n=n, out=out, a=mu, b=dmu, c=target, slot=0, p=(int(Loss.SQUARED_ERROR), 0), f=(0.7,), **per_sample)
         case.store(out, n)
         return case
 
@@ -194,7 +194,7 @@ def test_cross_entropy(positions: int) -> None:
         mu, dmu = case.load(3 * random(batch, n)), case.load(random(batch, n))
         target = case.load(torch.randint(-1, classes, (batch, positions)))
         out, losses = case.array(n), case.result(1)
-        case.add(Op.LOSS, n=n, out=out, a=mu, b=dmu, c=target, slot=0, slot2=losses, p=(int(Loss.CROSS_ENTROPY), classes))
+        case.add(Op.LOSS, n=n, out=out, a=mu, b=dmu, c=target, slot=0, slot2=losses, p=(int(Loss.CROSS_ENTROPY), classes), f=(-0.7,))
         case.store(out, n)
         return case
 

@@ -18,7 +18,7 @@ SQUARED_ERROR = tl.constexpr(int(Loss.SQUARED_ERROR))
 
 @triton.jit
 def loss(i, arena, io, energies, sample, samples, LANES: tl.constexpr, BLOCK: tl.constexpr):
-    """out = -dL/dmu; energies[slot] = the sum of L; io[slot2] (B, 1) takes each sample's, unless it is absent."""
+    """out = -f0 dL/dmu; energies[slot] = f0 times the sum of L; io[slot2] (B, 1) takes each sample's L, unless it is absent."""
     if tl.load(i + P) == SQUARED_ERROR:
         losses = squared_error(i, arena, samples, LANES, BLOCK)
     else:
@@ -27,7 +27,7 @@ def loss(i, arena, io, energies, sample, samples, LANES: tl.constexpr, BLOCK: tl
     slot, lane = tl.load(i + SLOT2), tl.arange(0, LANES)
     if slot >= 0:
         tl.store(address(io, slot) + sample + lane, of_lanes.to(tl.float32), mask=lane < samples)
-    tl.store(energies + tl.load(i + SLOT), tl.sum(of_lanes, 0))
+    tl.store(energies + tl.load(i + SLOT), factor(i, 0).to(tl.float64) * tl.sum(of_lanes, 0))
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def squared_error(i, arena, samples, LANES: tl.constexpr, BLOCK: tl.constexpr):
         error = tl.load(target + at, mask=counts, other=0.0) - tl.load(mu + at, mask=counts, other=0.0)
         if b >= 0:
             error -= tl.load(dmu + at, mask=counts, other=0.0)
-        tl.store(out + at, error, mask=row < n)
+        tl.store(out + at, factor(i, 0) * error, mask=row < n)
         wide = error.to(tl.float64)
         total += 0.5 * (wide * wide)
     return total
@@ -81,7 +81,7 @@ def cross_entropy(i, arena, samples, LANES: tl.constexpr, BLOCK: tl.constexpr):
             above_of_class = tl.where(wanted == k, above, above_of_class)
         for k in tl.range(0, classes):
             softmax = exponential(logits(mu, dmu, at + k * LANES, counts, b) - top) / sum_of_all
-            error = tl.where(wanted == k, 1.0 - softmax, -softmax)
+            error = factor(i, 0) * tl.where(wanted == k, 1.0 - softmax, -softmax)
             tl.store(out + at + k * LANES, tl.where(wanted < 0.0, 0.0, error), mask=position < positions)
         total += tl.where(wanted < 0.0, 0.0, logarithm(sum_of_all) - above_of_class).to(tl.float64)
     return total

@@ -1,4 +1,4 @@
-// The losses, and the errors -dL/dmu that they put at an output.
+// The losses, and the errors -f0 dL/dmu that they put at an output: f0 is 1, or what a nudge weighs the loss by.
 #pragma once
 
 #include "functions.h"
@@ -11,9 +11,10 @@ template <class Team>
 PCK_DEVICE void squared_error(Team& team, const Instruction& i) {
   const float *mu = team.array(i.a), *dmu = team.array(i.b), *target = team.array(i.c);
   float* out = team.array(i.out);
-  team.sum_each(i, i.n, 1.0f, [=](auto at) {
+  const float factor = i.f[0];
+  team.sum_each(i, i.n, factor, [=](auto at) {
     const auto error = at.if_valid((at(target) - at(mu)) - at(dmu));
-    at.put(out, error);
+    at.put(out, factor * error);
     return 0.5f * error * error;
   });
 }
@@ -24,7 +25,8 @@ PCK_DEVICE void cross_entropy(Team& team, const Instruction& i) {
   const float *mu = team.array(i.a), *dmu = team.array(i.b), *target = team.array(i.c);
   float* out = team.array(i.out);
   const int classes = i.p[1];
-  team.sum_units(i, i.n / classes, 1.0f, [=](auto at, int position) {
+  const float factor = i.f[0];
+  team.sum_units(i, i.n / classes, factor, [=](auto at, int position) {
     using Lane = typename decltype(at)::Lane;
     const std::ptrdiff_t start = std::ptrdiff_t{position} * classes * Team::LANES;
     const auto logit = [=](int k) { return at(mu + start + k * Team::LANES) + (dmu ? at(dmu + start + k * Team::LANES) : Lane{}); };
@@ -37,10 +39,10 @@ PCK_DEVICE void cross_entropy(Team& team, const Instruction& i) {
       sum = sum + exponential(above);
       chosen = select(wanted == static_cast<float>(k), above, chosen);
     }
-    const Lane scale = 1.0f / sum;
+    const Lane scale = factor / sum;
     for (int k = 0; k < classes; ++k) {
       const Lane softmax = exponential(logit(k) - top) * scale;
-      const Lane error = select(wanted == static_cast<float>(k), 1.0f - softmax, -softmax);
+      const Lane error = select(wanted == static_cast<float>(k), factor - softmax, -softmax);
       at.put(out + start + k * Team::LANES, at.if_valid(select(wanted < 0.0f, Lane{}, error)));
     }
     return select(wanted < 0.0f, Lane{}, logarithm(sum) - chosen);

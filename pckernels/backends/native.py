@@ -18,8 +18,8 @@ from pckernels.backends.binding import Binding, Execute
 from pckernels.backends.feedforward import learning_parameters
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.path_lengths import make_plan
-from pckernels.backends.results import Lazy, complaint, feed_forward_outcome
-from pckernels.backends.selection import PlanFor, code_of
+from pckernels.backends.results import Lazy, complaint, feed_forward_outcome, together
+from pckernels.backends.selection import PlanFor, code_of, phases
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
 from pckernels.memory import Packed, part_of
@@ -29,7 +29,12 @@ Result = TypeVar("Result")
 
 
 def run(call: Call, execute: Execute) -> Outcome:
-    """One inference."""
+    """One inference: a run of code, or one for each nudge, each from the feed-forward start; what they learn is added up."""
+    outcomes = [_run(phase, execute) for phase in phases(call)]
+    return outcomes[0] if len(outcomes) == 1 else together(outcomes)
+
+
+def _run(call: Call, execute: Execute) -> Outcome:
     code = code_of(call)
     assert not isinstance(code, str), code
     with torch.no_grad():
@@ -70,7 +75,7 @@ class _Results:
         if self.call.objective is None:
             return feed_forward_outcome({name: self._value(name) for name in self.names}, {})
         losses = self._losses()
-        may_diverge = self.call.dynamics.moves == "values"
+        may_diverge = self.call.dynamics.moves != "errors"
         good, divergence = energies.verdict(self.energies, self.code.still, may_diverge)
         return Outcome(
             losses=losses,
@@ -149,7 +154,9 @@ class _Results:
 
 @lru_cache(maxsize=256)
 def _plan(code: Compiled, dynamics: Dynamics) -> str:
-    kind = "strict dynamics" if dynamics.moves == "values" else "fixed prediction"
+    kind = {"values": "strict dynamics", "errors": "fixed prediction", "free_errors": "error optimisation"}[dynamics.moves]
+    if dynamics.is_nudged:
+        kind = f"{kind}, nudged by {dynamics.nudges[0]:+g}"
     if dynamics.closed_form:
         what = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else f"{kind} in closed form, one backward sweep"
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -146,6 +147,20 @@ def outcome(
         updates=bound_updates(bound, call),
         history=history,
     )
+
+
+def together(outcomes: Sequence[Outcome]) -> Outcome:
+    """Of several relaxations from one start: the first one's course, what all have learned, and good if all are."""
+    gradients = dict(outcomes[0].gradients)
+    for outcome in outcomes[1:]:
+        for name, gradient in outcome.gradients.items():
+            gradients[name] = gradients[name] + gradient
+    good = torch.stack([outcome.good for outcome in outcomes]).all()
+
+    def complain() -> str:
+        return next(outcome for outcome in outcomes if not bool(outcome.good)).complaint()
+
+    return replace(outcomes[0], gradients=gradients, good=good, complaint=complain)
 
 
 def bound_updates(bound: Bound, call: Call) -> Tensors:

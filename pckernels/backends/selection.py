@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -125,10 +126,25 @@ def _refusal_of(trace: Trace) -> str | None:
     return "the call moves buffers of the module, which only the reference does" if trace.updates else None
 
 
+def phases(call: Call) -> list[Call]:
+    """The runs that a call consists of: one for each nudge, which learns its share of the mean, divided by the nudge."""
+    nudges = call.dynamics.nudges
+    if call.objective is None or not call.dynamics.is_nudged:
+        return [call]
+    if "phases" not in call.memo:
+        shares = [1.0 / (beta * len(nudges)) for beta in nudges]
+        call.memo["phases"] = [
+            replace(call, dynamics=replace(call.dynamics, nudges=(beta,)), factor=call.factor * share, memo={"phases": None})
+            for beta, share in zip(nudges, shares, strict=True)
+        ]
+    return call.memo["phases"] or [call]
+
+
 def code_of(call: Call) -> Compiled | str:
-    """The code that a call needs, or why there is none."""
+    """The code that a call needs, or why there is none. (The code of its first run; those of the others have the same shape.)"""
     if "code" not in call.memo:
-        call.memo["code"] = _cheapest(call, (call.trace.graph, *_kind_of(call), _learning(call)))
+        first = phases(call)[0]
+        call.memo["code"] = _cheapest(first, (first.trace.graph, *_kind_of(first), _learning(first)))
     return call.memo["code"]
 
 
