@@ -9,7 +9,7 @@ from torch import nn
 
 import pckernels as pck
 from pckernels.backends import cuda
-from pckernels.planner import LANES, TIERS
+from pckernels.planner import LANES, TIERS, WGMMA_ARCHITECTURE, WGMMA_LANES
 
 
 def infer(module: nn.Module, rule: pck.rules.Rule, shape: tuple[int, ...], batch: int) -> bool:
@@ -37,6 +37,12 @@ def main() -> int:
             for lanes in lanes_of:
                 with cuda.options(precision, tier, lanes):
                     good &= infer(mlp, pck.Strict(3, 0.1, momentum=0.5), (7,), lanes + 3)
+    if cuda.limits(torch.device("cuda")).architecture == WGMMA_ARCHITECTURE:
+        for precision in ("tf32", "bf16", "fp16"):
+            for tier in TIERS:
+                for lanes in WGMMA_LANES:
+                    with cuda.options(precision, tier, lanes, "wgmma"):
+                        good &= infer(mlp, pck.Strict(3, 0.1, momentum=0.5), (7,), lanes + 3)
     with cuda.options(lanes=4):
         good &= infer(cnn, pck.Strict(2, 0.1), (2, 9, 9), 6)
         good &= infer(cnn, pck.ZeroDivergence(), (2, 9, 9), 6)

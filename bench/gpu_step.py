@@ -1,8 +1,8 @@
 """A training step by predictive coding on a GPU, beside autograd: `python bench/gpu_step.py --out step.json`.
 
 For each model and batch: autograd as it is and captured in a CUDA graph; strict PC of T = 20 and the exact rule in one sweep, as a user
-calls them and as kernels alone, captured in a CUDA graph. Milliseconds: the median of the repetitions, and the middle 80 %. The exact
-rule's gradients are held against autograd's before anything is timed.
+calls them and as kernels alone, captured in a CUDA graph; on tensor cores by mma and, where the GPU has it, by wgmma. Milliseconds:
+the median of the repetitions, and the middle 80 %. The exact rule's gradients are held against autograd's before anything is timed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels.backends import cuda
+from pckernels.planner import WGMMA_ARCHITECTURE
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 RULES = {"strict T=20": pck.Strict(20, 0.1), "exact": pck.ZeroDivergence()}
@@ -30,10 +31,25 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 10))
 
 
+def small_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 784-300-300-10": (mlp, (784,)),
+    "MLP 784-128-64-10": (small_mlp, (784,)),
     "CNN": (pck.nn.CNNModule, (3, 32, 32)),
 }
+
+
+def operands(model: str) -> list[tuple[str, str | None]]:
+    """Precisions and products to measure. Those of the small MLP leave room for wgmma's tiles of 32 samples."""
+    if not model.startswith("MLP"):
+        return [("fp32", None)]
+    found: list[tuple[str, str | None]] = [("fp32", None), ("tf32", "mma"), ("bf16", "mma")]
+    if cuda.limits(torch.device("cuda")).architecture == WGMMA_ARCHITECTURE:
+        found += [("tf32", "wgmma"), ("bf16", "wgmma")]
+    return found
 
 
 def milliseconds(run: Callable[[], Any], seconds: float) -> dict[str, float]:
@@ -127,12 +143,12 @@ def measured(model: str, batch: int, seconds: float) -> Iterator[dict[str, Any]]
     yield {**case, "method": "autograd", **milliseconds(step, seconds)}
     yield {**case, "method": "autograd, CUDA graph", **milliseconds(captured(step), seconds)}
     for name, rule in RULES.items():
-        for precision in ("fp32", "tf32", "bf16") if model.startswith("MLP") else ("fp32",):
-            with cuda.options(precision):
+        for precision, product in operands(model):
+            with cuda.options(precision, product=product):
                 network = pck.PCNetwork(module, rule, backend="cuda")
                 plan = network.infer(x, target).plan
                 kernels = kernels_of(network, x, target)
-                label = f"PC {name}, {precision}"
+                label = f"PC {name}, {precision}{f' {product}' if product else ''}"
                 yield {**case, "method": f"{label}, kernels in a CUDA graph", "plan": plan, **milliseconds(captured(kernels), seconds)}
                 if precision == "fp32":
                     yield {**case, "method": f"{label}, backward()", **milliseconds(lambda net=network: net.backward(x, target), seconds)}  # type: ignore[misc]

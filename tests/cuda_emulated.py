@@ -52,8 +52,8 @@ def aligned(count: int) -> numpy.ndarray:
 class Engine:
     """What Case.run takes for an engine: programs run on the emulated kernels, cut as this says."""
 
-    def __init__(self, built: Any, lanes: int, precision: str = "fp32", tier: str = "stream", blocks: int = 0):
-        self.built, self.cut = built, (tier, lanes, precision, blocks)
+    def __init__(self, built: Any, lanes: int, precision: str = "fp32", tier: str = "stream", blocks: int = 0, staged: int = 0):
+        self.built, self.cut = built, (tier, lanes, precision, blocks, "wgmma" if staged else "", staged)
 
     def Program(self, **settings: Any) -> Program:  # noqa: N802
         """As the engine's class of this name."""
@@ -61,7 +61,7 @@ class Engine:
 
 
 class Program:
-    def __init__(self, program: Any, cut: tuple[str, int, str, int]):
+    def __init__(self, program: Any, cut: tuple[str, int, str, int, str, int]):
         self.program, self.cut = program, cut
         self.tables = aligned(len(program.tables()))
         self.tables[:] = numpy.frombuffer(program.tables(), dtype=numpy.uint8)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -51,10 +52,28 @@ MMA = {
 }
 
 
+WGMMA = {
+    "wgmma.mma_async.sync.aligned.m64n{}k8.f32.tf32.tf32",
+    "wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16",
+    "wgmma.mma_async.sync.aligned.m64n{}k16.f32.f16.f16",
+}
+
+
+def test_ptx_for_newer_architectures_stops_in_place_of_warpgroup_products() -> None:
+    """It has no wgmma, which ptxas would refuse there; the launcher does not launch it."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc on the PATH to compile the CUDA kernels with")
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=compute_90", "-ptx", str(CUDA / "tile_wgmma_16.cu"), "-o", "/dev/stdout"]
+    ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert ".entry" in ptx and "trap" in ptx and "mma" not in re.sub(r"\w*execute_tiles\w*", "", ptx)
+
+
 def test_tensor_cores_are_used_where_they_should_be(compiled: Compiled) -> None:
     _, ptx = compiled
     for name, text in ptx.items():
-        assert set(re.findall(r"mma\.sync[\w.]+", text)) == (MMA if "mma" in name else set()), name
+        assert set(re.findall(r"\bmma\.sync[\w.]+", text)) == (MMA if "_mma" in name else set()), name
+        found = set(re.findall(r"wgmma\.mma_async[\w.]+", text))
+        assert found == ({kind.format(name.split("_")[-1]) for kind in WGMMA} if "_wgmma" in name else set()), name
 
 
 def test_the_arena_is_read_as_shared_memory(compiled: Compiled) -> None:
@@ -80,6 +99,11 @@ ptxas info    : Used 40 registers, used 1 barriers, 512 bytes smem, 488 bytes cm
 """
     found = resources.parsed("slow", log)
     assert found == {"slow sm_80": {"stack": 8, "spills": 16, "registers": 40, "shared": 512}}
+    warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to .. in function '_Z4slow'"
+    assert resources.parsed("slow", warning + log)["slow sm_80"]["serialized products"] == 1
+    assert "slow sm_80 takes 1 of serialized products; its budget is 0." in resources.complaints(
+        resources.parsed("slow", warning + log), {}
+    )
     budget = {"slow sm_80": {"registers": 39, "shared": 512}, "gone sm_80": {"registers": 1, "shared": 0}}
     assert sorted(resources.complaints(found, budget)) == [
         "gone sm_80 has a budget and is not compiled.",

@@ -14,11 +14,11 @@ from native_case import Case
 from torch import Tensor
 
 import pckernels as pck
-from pckernels import dispatch, ops
+from pckernels import dispatch, ops, planner
 from pckernels.backends import cuda
 from pckernels.instructions import Instruction, Loss, Op, OuterProduct
 from pckernels.memory import Memory
-from pckernels.planner import LANES, SUM_BYTES, Choice, Limits
+from pckernels.planner import LANES, SUM_BYTES, WGMMA_LANES, Choice, Limits
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("emulator")]  # the first of them compiles it
 
@@ -55,9 +55,9 @@ EVERY = [(lanes,) for lanes in LANES["fp32"]]
 TENSOR = [(lanes, precision) for precision in ("tf32", "bf16", "fp16") for lanes in LANES[precision]]
 
 
-@pytest.mark.parametrize(("positions", "inputs", "outputs"), [(1, 7, 5), (3, 33, 17), (1, 129, 100), (2, 1, 64)])
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_products(built: Any, positions: int, inputs: int, outputs: int, accumulate: bool) -> None:
+def products(positions: int, inputs: int, outputs: int, accumulate: bool) -> Callable[[int], Case]:
+    """Both directions of a weight, and its gradient."""
+
     def make(batch: int) -> Case:
         case, p = Case(batch), (positions, inputs, outputs)
         w, bias = case.weight(torch.randn(outputs, inputs)), case.weight(torch.randn(outputs))
@@ -73,7 +73,21 @@ def test_products(built: Any, positions: int, inputs: int, outputs: int, accumul
         case.products.append(OuterProduct(weight, error_sum, errors, wide, positions, inputs, outputs, positions * inputs + 5, 3, 0.7))
         return case
 
-    check(built, make, [*EVERY, *TENSOR, (8, "fp32", "stream", 2)])
+    return make
+
+
+@pytest.mark.parametrize(("positions", "inputs", "outputs"), [(1, 7, 5), (3, 33, 17), (1, 129, 100), (2, 1, 64)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products(built: Any, positions: int, inputs: int, outputs: int, accumulate: bool) -> None:
+    check(built, products(positions, inputs, outputs, accumulate), [*EVERY, *TENSOR, (8, "fp32", "stream", 2)])
+
+
+# Ragged depths and widths; a warpgroup without columns, one with a single block of 16, and more units than warpgroups; v in up to 3 pieces.
+@pytest.mark.parametrize(("positions", "inputs", "outputs"), [(1, 7, 5), (3, 33, 17), (1, 70, 130), (2, 150, 64)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_of_warpgroups(built: Any, positions: int, inputs: int, outputs: int, accumulate: bool) -> None:
+    cuts = [(lanes, precision, "stream", 0, 64) for precision in ("tf32", "bf16", "fp16") for lanes in WGMMA_LANES]
+    check(built, products(positions, inputs, outputs, accumulate), [*cuts, (16, "bf16", "stream", 1, 192)], (1, 17))
 
 
 def of_native_ops(name: str) -> Any:
@@ -181,9 +195,11 @@ def backend(built: Any, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> Iter
         found = cuda.plan_for(compiled, batch, torch.device("cpu"))
         assert not isinstance(found, str), found
         key = ops.number_of(compiled)
-        program = built_for.setdefault(key, cuda_emulated.Program(built.Program(**cuda.arguments(compiled)), ("stream", 8, "fp32", 0)))
-        program.cut = (found.tier, found.lanes, found.precision, found.blocks)
-        assert program.program.shared_bytes(*program.cut[:3]) == found.shared_bytes
+        program = built_for.setdefault(
+            key, cuda_emulated.Program(built.Program(**cuda.arguments(compiled)), ("stream", 8, "fp32", 0, "", 0))
+        )
+        program.cut = (found.tier, found.lanes, found.precision, found.blocks, found.product, found.staged)
+        assert program.program.shared_bytes(*program.cut[:3], *program.cut[4:]) == found.shared_bytes
         pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
         program.run(*pointers, memory.energies.data_ptr(), batch, factor=factor)
 
@@ -219,28 +235,57 @@ def test_every_tier_and_tile(backend: str, tier: str, lanes: int) -> None:
             backends.assert_as_good(backend, name, pck.Strict(4, 0.1), 17, "cross_entropy")
 
 
+def smooth() -> torch.nn.Module:
+    """Without kinks: a value on the other side of one is no rounding."""
+    torch.manual_seed(0)
+    widths = [torch.nn.Linear(7, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Sigmoid(), torch.nn.Linear(64, 40)]
+    return torch.nn.Sequential(*widths, torch.nn.Linear(40, 3))
+
+
+def assert_rounded(network: pck.PCNetwork, rule: pck.rules.Rule, name: str, *wanted: Any) -> None:
+    """Under these options, near the float32 answer, by no more than rounded operands explain."""
+    x, target = backends.data(name, 17, "squared_error")
+    exact = backends.run(network, rule, "squared_error", x, target)
+    with cuda.options(*wanted):
+        rounded = backends.run(network, rule, "squared_error", x, target)
+        assert (wanted[-1] == "wgmma") == ("products by wgmma" in network.infer(x, target).plan)
+    unit = {"tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}[wanted[0]]
+    off = max(backends.relative(rounded[key], exact[key]) for key in exact if exact[key].norm() > 0)
+    assert 0 < off <= 4 * unit * 8, off
+
+
+@pytest.mark.parametrize("product", ["mma", "wgmma"])
 @pytest.mark.parametrize("tier", ["stream", "resident"])
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
-def test_precisions(backend: str, tier: str, precision: str) -> None:
-    """Near the float32 answer, by no more than rounded operands explain. (No kinks: a value on the other side of one is no rounding.)"""
-    torch.manual_seed(0)
-    module = torch.nn.Sequential(
-        torch.nn.Linear(7, 64),
-        torch.nn.Tanh(),
-        torch.nn.Linear(64, 64),
-        torch.nn.Sigmoid(),
-        torch.nn.Linear(64, 40),
-        torch.nn.Linear(40, 3),
-    )
-    network = pck.PCNetwork(module, pck.ZeroDivergence(), backend=backend)
-    x, target = backends.data("mlp", 17, "squared_error")
+def test_precisions(backend: str, tier: str, precision: str, product: str) -> None:
+    network = pck.PCNetwork(smooth(), pck.ZeroDivergence(), backend=backend)
     for rule in (pck.Strict(4, 0.1), pck.ZeroDivergence()):
-        exact = backends.run(network, rule, "squared_error", x, target)
-        with cuda.options(precision, tier):
-            rounded = backends.run(network, rule, "squared_error", x, target)
-        unit = {"tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}[precision]
-        off = max(backends.relative(rounded[key], exact[key]) for key in exact if exact[key].norm() > 0)
-        assert 0 < off <= 4 * unit * 8, off
+        assert_rounded(network, rule, "mlp", precision, tier, None, product)
+
+
+@pytest.mark.parametrize(("precision", "lanes"), [("bf16", 16), ("fp16", 32)])
+def test_warpgroups_take_all_time_steps(backend: str, precision: str, lanes: int) -> None:
+    """Products over several positions, which are staged one after the other."""
+    network = backends.networks("rnn")[1]
+    network.backend = backend
+    assert_rounded(network, pck.Strict(3, 0.1, momentum=0.5), "rnn", precision, "stream", lanes, "wgmma")
+
+
+def test_a_piece_of_the_depth_at_a_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A staging buffer that is less deep than the products: the parts of a sum are added up in another order, and that is all."""
+    network = backends.networks("mlp129")[1]
+    network.backend, network.rule, network.loss = backend, pck.Strict(2, 0.1), "squared_error"
+    found = []
+    for rows in (192, 64):
+        monkeypatch.setattr(planner, "MOST_STAGED_ROWS", rows)
+        cuda._planned.cache_clear()
+        with cuda.options("bf16", "stream", 16, "wgmma"):
+            inference = network.infer(*backends.data("mlp129", 17, "squared_error"))
+        assert f"{rows} rows staged" in inference.plan
+        found.append(inference.errors)
+    cuda._planned.cache_clear()
+    for name, error in found[1].items():
+        torch.testing.assert_close(error, found[0][name], rtol=1e-3, atol=1e-3 * float(error.abs().max()))
 
 
 def test_a_program_that_does_not_fit_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +300,17 @@ def test_the_planner_knows_what_sums_take(built: Any) -> None:
     case = Case(1)
     case.add(Op.FILL, n=1, out=case.array(1), f=(1.0,))
     assert case.program(cuda_emulated.Engine(built, 8)).program.shared_bytes("stream", 8) == SUM_BYTES + 32
-    assert Choice(case.code, 1, LIMITS, "fp32", "stream", 8).shared_bytes == SUM_BYTES + 32
+    assert Choice(case.code, 1, LIMITS, "fp32", "stream", 8, "simt").shared_bytes == SUM_BYTES + 32
+
+
+@pytest.mark.parametrize("capability", ["80", "100", "120"])
+def test_warpgroups_need_their_architecture(built: Any, monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    monkeypatch.setenv("PCKERNELS_EMULATED_CAPABILITY", capability)
+    case = Case(1)
+    case.add(Op.FILL, n=1, out=case.array(1), f=(1.0,))
+    has = f"{capability[:-1]}.{capability[-1]}"
+    with pytest.raises(ValueError, match=f"wgmma needs compute capability 9.0 .*; this GPU has {has} .* mma runs here"):
+        case.run(cuda_emulated.Engine(built, 16, "bf16", "stream", 0, 64))
 
 
 def test_refusals_of_the_extension(built: Any) -> None:
@@ -265,6 +320,9 @@ def test_refusals_of_the_extension(built: Any) -> None:
         ((5,), "There is no kernel with 5 samples"),
         ((1, "bf16"), "there are those with 8"),
         ((8, "int8"), "precision must"),
+        ((8, "bf16", "stream", 0, 64), "There is no kernel with 8 samples .*; there are those with 16, 32"),
+        ((16, "bf16", "stream", 0, 65), "wgmma stages a multiple of 64 rows, and no other product any; got 65"),
+        ((16, "fp32", "stream", 0, 64), "Products of operands in fp32 are simt"),
     ):
         with pytest.raises(ValueError, match=text):
             case.run(cuda_emulated.Engine(built, *cut))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels.backends import cuda
-from pckernels.planner import LANES
+from pckernels.planner import LANES, WGMMA_ARCHITECTURE, WGMMA_LANES, lanes_of
 
 SUPPORT = pck.backends()["cuda"]
 pytestmark = [
@@ -91,18 +91,51 @@ def smooth() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 64), nn.Tanh(), nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 3))
 
 
+ROUNDED = [("tf32", 2.0**-11), ("bf16", 2.0**-8), ("fp16", 2.0**-11)]
+
+
+def needs_wgmma(product: str) -> None:
+    architecture = cuda.limits(torch.device("cuda", 0)).architecture
+    if product == "wgmma" and architecture != WGMMA_ARCHITECTURE:
+        pytest.skip(f"wgmma is an instruction of compute capability 9.0; this GPU has {architecture / 10}")
+
+
+@pytest.mark.parametrize("product", ["mma", "wgmma"])
 @pytest.mark.parametrize("tier", ["stream", "resident"])
-@pytest.mark.parametrize(("precision", "unit"), [("tf32", 2.0**-11), ("bf16", 2.0**-8), ("fp16", 2.0**-11)])
-def test_precisions(tier: str, precision: str, unit: float) -> None:
+@pytest.mark.parametrize(("precision", "unit"), ROUNDED)
+def test_precisions(tier: str, precision: str, unit: float, product: str) -> None:
+    needs_wgmma(product)
     network = pck.PCNetwork(smooth(), pck.ZeroDivergence(), backend="reference")
     x, target = backends.data("mlp", 33, "squared_error")
     for rule in (pck.Strict(8, 0.1), pck.ZeroDivergence()):
         exact = backends.run(network, rule, "squared_error", x, target)
-        for lanes in LANES[precision]:
-            with cuda.options(precision, tier, lanes):
+        for lanes in lanes_of(precision, product):
+            with cuda.options(precision, tier, lanes, product):
                 rounded = on_gpu(network, rule, "squared_error", x, target)
             off = max(backends.relative(rounded[key], exact[key]) for key in exact if exact[key].norm() > 0)
             assert 0 < off <= 4 * unit * 64**0.5, off
+
+
+@pytest.mark.parametrize("lanes", WGMMA_LANES)
+@pytest.mark.parametrize(("precision", "unit"), ROUNDED)
+def test_warpgroups_multiply_as_warps_do(precision: str, unit: float, lanes: int) -> None:
+    """The same rounded operands, added up in another order: products in one piece, in pieces, of ragged sizes, of several time steps."""
+    needs_wgmma("wgmma")
+    torch.manual_seed(0)
+    deep = pck.PCNetwork(
+        nn.Sequential(nn.Linear(700, 100), nn.Tanh(), nn.Linear(100, 33), nn.Tanh(), nn.Linear(33, 3)), pck.ZeroDivergence()
+    )
+    cases = [(deep, torch.randn(300, 700), torch.randn(300, 3))]
+    cases += [(backends.networks("rnn")[1], *backends.data("rnn", 50, "squared_error"))]
+    for network, x, target in cases:
+        for rule in (pck.Strict(0, 0.1), pck.Strict(3, 0.1), pck.ZeroDivergence()):
+            with cuda.options(precision, product="mma"):
+                expected = on_gpu(network, rule, "squared_error", x, target)
+            with cuda.options(precision, "stream", lanes, "wgmma"):
+                found, again = (on_gpu(network, rule, "squared_error", x, target) for _ in range(2))
+            for key, value in expected.items():
+                assert torch.equal(found[key], again[key]), key
+                assert backends.relative(found[key], value) <= unit, (key, backends.relative(found[key], value))
 
 
 def test_hidden_errors_start_at_zero_bit_for_bit() -> None:

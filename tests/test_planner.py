@@ -17,7 +17,7 @@ from pckernels.backends import native, selection
 from pckernels.compiler import Compiled
 from pckernels.instructions import Code, Op
 from pckernels.network import PCNetwork
-from pckernels.planner import ARCHITECTURES, KIB, LANES, SUM_BYTES, Choice, Limits, Plan, panels, plan, table
+from pckernels.planner import ARCHITECTURES, KIB, LANES, SUM_BYTES, WGMMA_LANES, Choice, Limits, Plan, deepest, panels, plan, table
 
 BATCHES = (1, 64, 256, 4096)
 
@@ -96,6 +96,7 @@ def test_the_table_of_plans(show: Callable[[str], None]) -> None:
 def check(found: Plan, code: Code, batch: int, limits: Limits) -> None:
     weights = sum(panel.bytes(found.precision) for panel in panels(code) if panel.in_loop) if found.tier == "resident" else 0
     assert found.shared_bytes == SUM_BYTES + code.rows * found.lanes * 4 + weights <= limits.shared_bytes
+    assert (found.product, found.staged) == ("simt", 0)
     assert found.lanes in LANES[found.precision]
     assert 1 <= found.blocks <= -(-batch // found.lanes)
 
@@ -153,13 +154,76 @@ def test_a_choice_that_is_none_is_an_error() -> None:
         ({"precision": "int8"}, "precision must be one of 'fp32', 'tf32', 'bf16', 'fp16'; got 'int8'"),
         ({"tier": "cluster"}, "tier must be one of 'stream', 'resident'; got 'cluster'"),
         ({"precision": "bf16", "lanes": 4}, "With bf16, lanes must be one of 8, 16; got 4"),
+        ({"precision": "bf16", "lanes": 32}, "With bf16, lanes must be one of 8, 16; got 32"),
+        ({"precision": "bf16", "lanes": 8, "product": "wgmma"}, "With bf16 and wgmma, lanes must be one of 16, 32; got 8"),
+        ({"precision": "bf16", "lanes": 4, "product": "fastest"}, "With bf16, lanes must be one of 8, 16, 32; got 4"),
+        ({"product": "dot"}, "product must be one of 'simt', 'mma', 'wgmma', 'fastest'; got 'dot'"),
+        ({"product": "wgmma"}, "With fp32, product must be 'simt'; got 'wgmma'"),
+        ({"precision": "tf32", "product": "simt"}, "With tf32, product must be 'mma' or 'wgmma'; got 'simt'"),
     ):
         with pytest.raises(ValueError, match=text):
             plan(mlp_code, 64, Limits.of(90), **settings)  # type: ignore[arg-type]
+
+
+def with_products(model: str, rule: str, product: str | None, **settings: Any) -> Plan:
+    found = plan(code(model, rule), 4096, Limits.of(90), "bf16", product=product, **settings)
+    assert isinstance(found, Plan), found
+    return found
+
+
+def small_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def test_warpgroup_products_are_taken_where_they_are_asked_for() -> None:
+    """And named. No GPU has proved them: nothing else takes them."""
+    MODELS["small MLP"] = (small_mlp, (784,), (10,))
+    for model in ("MLP 784-300-300-10", "small MLP"):
+        for rule in RULES:
+            usual, asked, fastest = (with_products(model, rule, product) for product in (None, "wgmma", "fastest"))
+            assert (usual.product, usual.staged) == ("mma", 0) and "wgmma" not in usual.reason
+            assert asked.product == "wgmma" and f"products by wgmma, {asked.staged} rows staged" in asked.reason
+            assert asked.lanes in WGMMA_LANES and asked.staged % 64 == 0
+            assert fastest in (usual, asked)
+    fp32 = plan(code("small MLP", "strict"), 4096, Limits.of(90), product="fastest")
+    assert isinstance(fp32, Plan) and fp32.product == "simt"
+
+
+def test_the_fastest_product_by_the_count_of_cycles() -> None:
+    """Large tiles of a small model go to warpgroups; where the arena leaves room for one tile of 64 rows alone, they do not pay."""
+    MODELS["small MLP"] = (small_mlp, (784,), (10,))
+    small, large = with_products("small MLP", "strict", "fastest"), with_products("MLP 784-300-300-10", "strict", "fastest")
+    assert (small.product, small.lanes) == ("wgmma", 32) and large.product == "mma"
+    few = plan(code("small MLP", "strict"), 16, Limits.of(90), "bf16", product="fastest")
+    assert isinstance(few, Plan) and few.product == "mma"
+
+
+def test_the_staging_buffer_is_what_there_is_room_for() -> None:
+    mlp_code, limits = code("MLP 784-300-300-10", "strict"), Limits.of(90)
+    assert deepest(mlp_code) == 300 and deepest(code("MLP 784-300-300-10", "exact")) == 784
+    found = with_products("MLP 784-300-300-10", "strict", "wgmma")
+    assert (found.lanes, found.staged) == (16, 64)
+    assert found.shared_bytes == SUM_BYTES + mlp_code.rows * 16 * 4 + 64 * 16 * 2 <= limits.shared_bytes
+    assert with_products("MLP 784-300-300-10", "exact", "wgmma").staged == 512
+    refused = plan(mlp_code, 4096, limits, "bf16", lanes=32, product="wgmma")
+    assert isinstance(refused, str) and refused.startswith("32 samples in a block need ")
+    wide = Choice(code("small MLP", "strict"), 4096, limits, "tf32", "stream", 32, "wgmma")
+    assert wide.shared_bytes == SUM_BYTES + wide.code.rows * 32 * 4 + wide.staged * 32 * 4
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 100, 120])
+def test_other_architectures_have_no_warpgroup_products(architecture: int) -> None:
+    limits = Limits.of(architecture)
+    mlp_code = code("MLP 784-300-300-10", "exact")
+    text = f"need compute capability 9.0, neither less nor more; this GPU has {architecture / 10:.1f}: use mma"
+    for settings in ({"product": "wgmma"}, {"product": "fastest", "lanes": 32}):
+        assert text in str(plan(mlp_code, 64, limits, "bf16", **settings))  # type: ignore[arg-type]
+    fastest = plan(mlp_code, 64, limits, "bf16", product="fastest")
+    assert isinstance(fastest, Plan) and fastest.product == "mma"
 
 
 def test_a_panel_is_counted_once_for_each_direction() -> None:
     mlp_code = code("MLP 784-300-300-10", "strict")
     products = [i for i in mlp_code.instructions if i.op in (Op.LINEAR, Op.LINEAR_T)]
     assert len(panels(mlp_code)) == len({(i.slot, i.op) for i in products}) <= len(products)
-    assert Choice(mlp_code, 64, Limits.of(90), "fp32", "stream", 8).tiles == 8
+    assert Choice(mlp_code, 64, Limits.of(90), "fp32", "stream", 8, "simt").tiles == 8

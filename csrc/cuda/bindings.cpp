@@ -61,9 +61,20 @@ bool is_resident(const std::string& tier) {
   return tier == "resident";
 }
 
-Cut cut_of(std::int64_t batch, const std::string& tier, int lanes, const std::string& precision, int blocks) {
+// '': the one that needs no staging buffer.
+Product product_of(const std::string& name, Precision precision) {
+  if (name.empty()) return precision == Precision::FP32 ? Product::SIMT : Product::MMA;
+  if (name == "simt") return Product::SIMT;
+  if (name == "mma") return Product::MMA;
+  if (name == "wgmma") return Product::WGMMA;
+  throw py::value_error("product must be 'simt', 'mma' or 'wgmma'; got '" + name + "'.");
+}
+
+Cut cut_of(std::int64_t batch, const std::string& tier, int lanes, const std::string& precision, int blocks, const std::string& product,
+           int staged) {
   if (lanes < 1) throw py::value_error("lanes must be positive.");
-  return {batch, lanes, blocks, is_resident(tier), precision_of(precision)};
+  const Precision operands = precision_of(precision);
+  return {batch, lanes, blocks, is_resident(tier), operands, product_of(product, operands), staged};
 }
 
 class PyProgram {
@@ -77,18 +88,20 @@ class PyProgram {
 
   py::bytes tables() const { return py::bytes(layout_.table_bytes().data(), layout_.table_bytes().size()); }
 
-  std::int64_t workspace_bytes(std::int64_t batch, const std::string& tier, int lanes, const std::string& precision, int blocks) const {
-    return layout_.workspace(cut_of(batch, tier, lanes, precision, blocks)).bytes;
+  std::int64_t workspace_bytes(std::int64_t batch, const std::string& tier, int lanes, const std::string& precision, int blocks,
+                               const std::string& product, int staged) const {
+    return layout_.workspace(cut_of(batch, tier, lanes, precision, blocks, product, staged)).bytes;
   }
 
-  std::int64_t shared_bytes(const std::string& tier, int lanes, const std::string& precision) const {
-    return layout_.shared_bytes(cut_of(1, tier, lanes, precision, 0));
+  std::int64_t shared_bytes(const std::string& tier, int lanes, const std::string& precision, const std::string& product,
+                            int staged) const {
+    return layout_.shared_bytes(cut_of(1, tier, lanes, precision, 0, product, staged));
   }
 
   void run(const std::vector<std::uintptr_t>& weights, const std::vector<std::uintptr_t>& io, const std::vector<std::uintptr_t>& gradients,
            std::uintptr_t energies, std::int64_t batch, float factor, std::uintptr_t tables, std::uintptr_t workspace,
-           std::int64_t workspace_bytes, const std::string& tier, int lanes, const std::string& precision, int blocks, int device,
-           std::uintptr_t stream) const {
+           std::int64_t workspace_bytes, const std::string& tier, int lanes, const std::string& precision, int blocks,
+           const std::string& product, int staged, int device, std::uintptr_t stream) const {
     const Program& program = layout_.program();
     check_addresses(weights, program.weights.size(), "weights");
     check_addresses(io, program.io.size(), "io");
@@ -103,7 +116,7 @@ class PyProgram {
                     factor,
                     device,
                     stream};
-    const Cut cut = cut_of(batch, tier, lanes, precision, blocks);
+    const Cut cut = cut_of(batch, tier, lanes, precision, blocks, product, staged);
     const py::gil_scoped_release release;
     cuda::run(layout_, cut, call);
   }
@@ -116,7 +129,8 @@ py::dict info() {
   py::dict result;
   result["architectures"] = PCK_ARCHITECTURES;
   result["cudart"] = runtime_version();
-  result["lanes"] = py::dict(py::arg("fp32") = lanes_of(false), py::arg("tensor") = lanes_of(true));
+  result["lanes"] = py::dict(py::arg("simt") = lanes_of(Product::SIMT), py::arg("mma") = lanes_of(Product::MMA),
+                             py::arg("wgmma") = lanes_of(Product::WGMMA));
   result["unusable"] = why_unusable();
   return result;
 }
@@ -135,15 +149,16 @@ PYBIND11_MODULE(PCK_MODULE, module) {
            py::arg("io"), py::arg("gradients"), py::arg("steps"), py::arg("energies"), "As pckernels._native.Program.")
       .def("tables", &PyProgram::tables, "What has to lie in the device's memory, 256-byte aligned, for run().")
       .def("workspace_bytes", &PyProgram::workspace_bytes, py::arg("batch"), py::arg("tier"), py::arg("lanes"),
-           py::arg("precision") = "fp32", py::arg("blocks") = 0,
+           py::arg("precision") = "fp32", py::arg("blocks") = 0, py::arg("product") = "", py::arg("staged") = 0,
            "Bytes of device memory, 256-byte aligned, that run() needs with the same arguments.")
       .def("shared_bytes", &PyProgram::shared_bytes, py::arg("tier"), py::arg("lanes"), py::arg("precision") = "fp32",
-           "Dynamic shared memory of a block.")
+           py::arg("product") = "", py::arg("staged") = 0, "Dynamic shared memory of a block.")
       .def("run", &PyProgram::run, py::arg("weights"), py::arg("io"), py::arg("gradients"), py::arg("energies"), py::arg("batch"),
            py::arg("factor"), py::arg("tables"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("tier"), py::arg("lanes"),
-           py::arg("precision") = "fp32", py::arg("blocks") = 0, py::arg("device") = 0, py::arg("stream") = 0,
+           py::arg("precision") = "fp32", py::arg("blocks") = 0, py::arg("product") = "", py::arg("staged") = 0,
+           py::arg("device") = 0, py::arg("stream") = 0,
            "Puts its kernels on the stream: device addresses of contiguous float32 arrays, of the float64 energies, of tables and "
            "workspace.");
   module.def("info", &pckernels::cuda::info,
-             "Architectures compiled, CUDA's runtime, lanes of the kernels, and why none can run here (or '').");
+             "Architectures compiled, CUDA's runtime, lanes of the kernels by product, and why none can run here (or '').");
 }

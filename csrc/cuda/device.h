@@ -10,8 +10,10 @@
 
 #ifdef PCK_EMULATED
 #include <emulated_instructions.h>
+#include <emulated_wgmma.h>
 #else
 #include "instructions.cuh"
+#include "instructions_wgmma.cuh"
 #endif
 
 namespace pckernels::cuda {

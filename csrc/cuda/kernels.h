@@ -7,10 +7,11 @@ namespace pckernels::cuda {
 
 struct TileKernel {
   int lanes;
-  bool tensor;
+  Product product;
   void (*function)(TileArguments);
 };
-extern const TileKernel tile_simt_1, tile_simt_2, tile_simt_4, tile_simt_8, tile_simt_16, tile_mma_8, tile_mma_16;
+extern const TileKernel tile_simt_1, tile_simt_2, tile_simt_4, tile_simt_8, tile_simt_16, tile_mma_8, tile_mma_16, tile_wgmma_16,
+    tile_wgmma_32;
 
 extern void (*const write_pointers_kernel)(PointerChunk, std::uint64_t*, int);
 extern void (*const pack_kernel)(PackArguments);

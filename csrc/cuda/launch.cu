@@ -8,6 +8,10 @@
 #include "kernels.h"
 #include "sums.cuh"
 
+#ifndef PCK_ARCHITECTURES
+#define PCK_ARCHITECTURES "nothing that it knows of"
+#endif
+
 namespace pckernels::cuda {
 namespace {
 
@@ -15,7 +19,7 @@ constexpr int WITHOUT_ASKING = 48 << 10;  // bytes of dynamic shared memory
 
 // Functions, not an array: other files' constants may not be initialised yet when this file's are.
 std::vector<TileKernel> tile_kernels() {
-  return {tile_simt_1, tile_simt_2, tile_simt_4, tile_simt_8, tile_simt_16, tile_mma_8, tile_mma_16};
+  return {tile_simt_1, tile_simt_2, tile_simt_4, tile_simt_8, tile_simt_16, tile_mma_8, tile_mma_16, tile_wgmma_16, tile_wgmma_32};
 }
 
 void must(cudaError_t error, const char* what) {
@@ -28,14 +32,34 @@ void must(cudaError_t error, const char* what) {
 }
 
 TileKernel kernel_for(const Cut& cut) {
-  const bool tensor = cut.precision != Precision::FP32;
   for (const TileKernel& kernel : tile_kernels()) {
-    if (kernel.lanes == cut.lanes && kernel.tensor == tensor) return kernel;
+    if (kernel.lanes == cut.lanes && kernel.product == cut.product) return kernel;
   }
   std::string known;
-  for (const int lanes : lanes_of(tensor)) known += (known.empty() ? "" : ", ") + std::to_string(lanes);
+  for (const int lanes : lanes_of(cut.product)) known += (known.empty() ? "" : ", ") + std::to_string(lanes);
   throw std::invalid_argument("There is no kernel with " + std::to_string(cut.lanes) +
                               " samples in a tile at this precision; there are those with " + known + ".");
+}
+
+// wgmma is an instruction of compute capability 9.0 alone, and of code that was compiled for sm_90a.
+void check_product(const Cut& cut, int device) {
+  if ((cut.precision == Precision::FP32) != (cut.product == Product::SIMT)) {
+    throw std::invalid_argument("Products of operands in fp32 are simt, those of other operands mma or wgmma.");
+  }
+  const bool staged = cut.product == Product::WGMMA;
+  if (staged ? cut.staged <= 0 || cut.staged % STAGED_ROWS != 0 : cut.staged != 0) {
+    throw std::invalid_argument("wgmma stages a multiple of " + std::to_string(STAGED_ROWS) + " rows, and no other product any; got " +
+                                std::to_string(cut.staged) + ".");
+  }
+  if (!staged) return;
+  int major = 0, minor = 0;
+  must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "read the compute capability");
+  must(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "read the compute capability");
+  if (major != 9 || minor != 0 || std::string(PCK_ARCHITECTURES).find("sm_90a") == std::string::npos) {
+    throw std::invalid_argument("wgmma needs compute capability 9.0 and an extension compiled for sm_90a; this GPU has " +
+                                std::to_string(major) + "." + std::to_string(minor) + " and the extension is for " PCK_ARCHITECTURES
+                                ". The product mma runs here.");
+  }
 }
 
 int blocks_for(std::int64_t threads) { return static_cast<int>((threads + THREADS - 1) / THREADS); }
@@ -120,7 +144,8 @@ class Launcher {
                                   static_cast<int>(layout_.analysis().learn_size),
                                   static_cast<int>(layout_.arena_bytes(cut_.lanes)),
                                   cut_.resident ? layout_.loop_units(cut_.precision) : 0,
-                                  cut_.precision};
+                                  cut_.precision,
+                                  cut_.staged};
     must(launch(kernel.function, dim3(at_.blocks), THREADS, static_cast<std::size_t>(shared), stream_, arguments), "launch execute_tiles");
   }
 
@@ -165,20 +190,21 @@ class Launcher {
 }  // namespace
 
 std::int64_t Layout::shared_bytes(const Cut& cut) const {
-  return SUM_BYTES + arena_bytes(cut.lanes) + (cut.resident ? std::int64_t{loop_units(cut.precision)} * 16 : 0);
+  return SUM_BYTES + arena_bytes(cut.lanes) + (cut.resident ? std::int64_t{loop_units(cut.precision)} * 16 : 0) + staging_bytes(cut);
 }
 
 void run(const Layout& layout, const Cut& cut, const Call& call) {
   if (cut.batch <= 0 || cut.batch > INT32_MAX / 2) throw std::invalid_argument("A call has 1 to 2^30 samples.");
   kernel_for(cut);
+  check_product(cut, call.device);
   must(cudaSetDevice(call.device), "take the device");
   Launcher(layout, cut, call).run();
 }
 
-std::vector<int> lanes_of(bool tensor) {
+std::vector<int> lanes_of(Product product) {
   std::vector<int> result;
   for (const TileKernel& kernel : tile_kernels()) {
-    if (kernel.tensor == tensor) result.push_back(kernel.lanes);
+    if (kernel.product == product) result.push_back(kernel.lanes);
   }
   return result;
 }

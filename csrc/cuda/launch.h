@@ -25,8 +25,8 @@ struct Call {
 // refuses.
 void run(const Layout& layout, const Cut& cut, const Call& call);
 
-// Numbers of lanes that tiles can have, in fp32 or on tensor cores.
-std::vector<int> lanes_of(bool tensor);
+// Numbers of lanes that tiles can have.
+std::vector<int> lanes_of(Product product);
 
 // Why no kernel can run here; empty if one can.
 std::string why_unusable();

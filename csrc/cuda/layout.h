@@ -17,6 +17,8 @@ struct Cut {
   int blocks;     // at most; 0: chosen here
   bool resident;  // weights that the loop reads are copied into shared memory
   Precision precision;
+  Product product;
+  int staged;  // rows of v that wgmma's staging buffer holds; otherwise 0
 };
 
 // Byte offsets into the workspace, and how many of everything there are.
@@ -42,6 +44,9 @@ class Layout {
   // Units of 16 bytes that the loop reads; they come first.
   int loop_units(Precision precision) const { return loop_units_[static_cast<int>(packing_of(precision))]; }
   std::int64_t arena_bytes(int lanes) const { return (std::int64_t{program_.rows} * lanes * 4 + 15) / 16 * 16; }
+  static std::int64_t staging_bytes(const Cut& cut) {
+    return std::int64_t{cut.staged} * cut.lanes * (cut.precision == Precision::TF32 ? 4 : 2);
+  }
   std::int64_t shared_bytes(const Cut& cut) const;
   int outer_tiles() const { return outer_tiles_; }
   int product_size() const { return product_size_; }

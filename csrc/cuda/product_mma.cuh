@@ -30,6 +30,25 @@ struct Fp16 {
   static __device__ __forceinline__ void multiply(float (&c)[4], uint4 a, uint2 b) { mma_fp16(c, a, b); }
 };
 
+// Of sums, the columns first .. first + 15 of a product, which a warp holds as mma leaves them: out [+]= bias + sums.
+template <int LANES>
+__device__ __forceinline__ void write_columns(const float (&sums)[LANES / 8][4], const float* bias, float* out, int first, int width,
+                                              bool accumulate) {
+  const int lane = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int place = first + threadIdx.x % WARP / 4 + half * 8;
+    if (place >= width) continue;
+    const float start = bias ? bias[place] : 0.0f;
+#pragma unroll
+    for (int lanes = 0; lanes < LANES / 8; ++lanes) {
+      float2* target = reinterpret_cast<float2*>(out + place * LANES + lanes * 8 + lane);
+      const float2 before = accumulate ? *target : make_float2(0.0f, 0.0f);
+      *target = make_float2(before.x + (sums[lanes][half * 2] + start), before.y + (sums[lanes][half * 2 + 1] + start));
+    }
+  }
+}
+
 template <int LANES, class Format>
 struct MmaProduct {
   static constexpr int GROUPS = LANES / 8;  // of lanes: mma's columns
@@ -43,7 +62,7 @@ struct MmaProduct {
       const uint4* weights = reinterpret_cast<const uint4*>(panel) + block * tiles * WARP + threadIdx.x % WARP;
       float sums[GROUPS][4] = {};
       multiply(weights, tiles, v + position * depth * LANES, depth, sums);
-      write(sums, bias, out + position * width * LANES, block * 16, width, accumulate);
+      write_columns<LANES>(sums, bias, out + position * width * LANES, block * 16, width, accumulate);
     }
   }
 
@@ -62,23 +81,6 @@ struct MmaProduct {
           x[part] = row < depth ? v[row * LANES + lanes * 8 + group] : 0.0f;  // beyond its end an array holds anything, NaN too
         }
         Format::multiply(sums[lanes], a, Format::pack(x));
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void write(const float (&sums)[GROUPS][4], const float* bias, float* out, int first, int width,
-                                               bool accumulate) {
-    const int lane = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int place = first + threadIdx.x % WARP / 4 + half * 8;
-      if (place >= width) continue;
-      const float start = bias ? bias[place] : 0.0f;
-#pragma unroll
-      for (int lanes = 0; lanes < GROUPS; ++lanes) {
-        float2* target = reinterpret_cast<float2*>(out + place * LANES + lanes * 8 + lane);
-        const float2 before = accumulate ? *target : make_float2(0.0f, 0.0f);
-        *target = make_float2(before.x + (sums[lanes][half * 2] + start), before.y + (sums[lanes][half * 2 + 1] + start));
       }
     }
   }

@@ -1,7 +1,7 @@
 """What every CUDA kernel takes of the chip, as ptxas says, held against budget.json: `python csrc/cuda/resources.py [--write]`.
 
-A kernel over its budget, without a row, that spills or has a stack frame is an error. --write makes the rows what is found now,
-registers rounded up to the 8 that the chip hands out at once.
+A kernel over its budget, without a row, that spills, has a stack frame or makes wgmma wait for each product is an error. --write makes
+the rows what is found now, registers rounded up to the 8 that the chip hands out at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Resources = dict[str, dict[str, int]]  # "kernel sm_80" -> registers, spills, st
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized.* in (?:the )?function '(\w+)'")  # C7510 and its kin
 _USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 
 
@@ -54,9 +55,14 @@ def parsed(name: str, log: str) -> Resources:
     """The resources in ptxas's words. A file holds one kernel, or none."""
     found: Resources = {}
     key = ""
+    serialized: set[str] = set()
+    functions: dict[str, str] = {}
     for line in log.splitlines():
+        if warning := _SERIALIZED.search(line):
+            serialized.add(warning[1])
         if entry := _ENTRY.search(line):
             key = f"{name} {entry[2]}"
+            functions[key] = entry[1]
             if key in found:
                 raise RuntimeError(f"{name}.cu holds more than one kernel.")
             found[key] = {}
@@ -64,6 +70,9 @@ def parsed(name: str, log: str) -> Resources:
             found[key].update(stack=int(frame[1]), spills=int(frame[2]) + int(frame[3]))
         elif key and (used := _USED.search(line)):
             found[key].update(registers=int(used[1]), shared=int(used[2] or 0))
+    for key, function in functions.items():
+        if function in serialized:  # ptxas does not say for which architecture
+            found[key]["serialized products"] = 1
     return found
 
 

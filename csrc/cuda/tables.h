@@ -9,6 +9,11 @@ namespace pckernels::cuda {
 
 // How a product multiplies: fp32 arithmetic, or tensor cores over operands rounded to tf32, bf16 or fp16 and added up in fp32.
 enum class Precision : std::int32_t { FP32, TF32, BF16, FP16 };
+// wgmma's staging buffer holds a multiple of so many rows of v: those of the tiles whose products run at once.
+constexpr int STAGED_ROWS = 64;
+
+// What multiplies: fp32 arithmetic, a warp's tensor core product (mma), or a warpgroup's (wgmma), which reads v from a staging buffer.
+enum class Product : std::int32_t { SIMT, MMA, WGMMA };
 // How a weight is packed for it. A 16-bit format is packed alike whichever it is.
 enum class Packing : std::int32_t { ROWS, TILES_8, TILES_16 };
 constexpr int PACKINGS = 3;
@@ -21,8 +26,8 @@ inline Packing packing_of(Precision precision) {
 // A weight (outputs, inputs) as one direction of its products reads it: a matrix M (depth, width), so that out (width) = v (depth) M.
 // LINEAR: M = W^T, depth = inputs. LINEAR_T: M = W, depth = outputs.
 //   ROWS: float32 (depth, width), width rounded up to 4.
-//   TILES_n: 512 bytes for each (16 columns of M, n rows of M), the rows of a column block in a row: a warp's A operand of mma, 16 bytes a
-//   thread.
+//   TILES_n: 512 bytes for each (16 columns of M, n rows of M), the rows of a column block in a row: a warp's A operand of mma, or its
+//   quarter of wgmma's, 16 bytes a thread.
 struct Panel {
   std::int32_t slot, depth, width, transposed;  // transposed: M = W^T
   std::int32_t start[PACKINGS];                 // where it begins, in units of 16 bytes, for each packing
@@ -70,6 +75,7 @@ struct TileArguments {
   int arena_bytes;
   int resident;  // units of 16 bytes at the start of `packed` that are copied into shared memory
   Precision precision;
+  int staged;  // rows of v that wgmma's staging buffer holds, the last part of shared memory; 0 without one
 };
 
 constexpr int CHUNK = 448;

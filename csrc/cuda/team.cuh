@@ -8,6 +8,7 @@
 #include "learn.cuh"
 #include "product_mma.cuh"
 #include "product_simt.cuh"
+#include "product_wgmma.cuh"
 #include "sums.cuh"
 
 namespace pckernels::cuda {
@@ -31,7 +32,7 @@ struct BlockMemory {
   const char* packed;
 };
 
-template <int LANE_COUNT, bool TENSOR>
+template <int LANE_COUNT, Product PRODUCT>
 class CudaTeam {
  public:
   static constexpr int LANES = LANE_COUNT;
@@ -151,13 +152,20 @@ class CudaTeam {
   // The panel that `unused` names: in shared memory if it is among the resident ones.
   __device__ void product(const Instruction& i, const float* bias, int depth, int width) const {
     const Panel& panel = arguments_.tables.panels[i.unused];
-    const int start = panel.start[static_cast<int>(TENSOR ? packing() : Packing::ROWS)];
+    const int start = panel.start[static_cast<int>(PRODUCT == Product::SIMT ? Packing::ROWS : packing())];
     const char* packed = (start < arguments_.resident ? memory_.packed : arguments_.packed) + std::ptrdiff_t{start} * 16;
-    if constexpr (TENSOR) {
+    if constexpr (PRODUCT == Product::WGMMA) {
+      WarpgroupProduct<LANES>::run(arguments_.precision, packed, bias, array(i.a), array(i.out), i.p[0], depth, width, i.accumulate,
+                                   staging());
+    } else if constexpr (PRODUCT == Product::MMA) {
       TensorProduct<LANES>::run(arguments_.precision, packed, bias, array(i.a), array(i.out), i.p[0], depth, width, i.accumulate);
     } else {
       SimtProduct<LANES>::run(packed, bias, array(i.a), array(i.out), i.p[0], depth, width, i.accumulate);
     }
+  }
+  // Behind the resident weights.
+  __device__ Staging staging() const {
+    return {dynamic_shared_memory() + SUM_BYTES + arguments_.arena_bytes + arguments_.resident * 16, arguments_.staged};
   }
   __device__ Packing packing() const { return arguments_.precision == Precision::TF32 ? Packing::TILES_8 : Packing::TILES_16; }
 
@@ -170,7 +178,7 @@ class CudaTeam {
   double* energies_ = nullptr;
 };
 
-template <bool TENSOR>
-constexpr bool HAS_IMAGES<CudaTeam<1, TENSOR>> = true;
+template <Product PRODUCT>
+constexpr bool HAS_IMAGES<CudaTeam<1, PRODUCT>> = true;
 
 }  // namespace pckernels::cuda

@@ -4,7 +4,7 @@
 #include "kernels.h"
 #include "tile_kernel.cuh"
 
-#define PCK_TILE_INSTANCE(NAME, LANES, TENSOR)                         \
-  namespace pckernels::cuda {                                          \
-  const TileKernel NAME{LANES, TENSOR, &execute_tiles<LANES, TENSOR>}; \
+#define PCK_TILE_INSTANCE(NAME, LANES, PRODUCT) \
+  namespace pckernels::cuda { \
+  const TileKernel NAME{LANES, Product::PRODUCT, &execute_tiles<LANES, Product::PRODUCT>}; \
   }

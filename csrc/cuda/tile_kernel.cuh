@@ -18,17 +18,25 @@ __device__ inline BlockMemory block_memory(const TileArguments& arguments) {
   return {reinterpret_cast<SumMemory*>(memory), reinterpret_cast<float*>(memory + SUM_BYTES), packed};
 }
 
-template <int LANES, bool TENSOR>
+// Whether this compilation has the instructions of a product.
+template <Product PRODUCT>
+constexpr bool HAS_PRODUCT = PRODUCT != Product::WGMMA || HAS_WGMMA;
+
+template <int LANES, Product PRODUCT>
 __global__ void __launch_bounds__(THREADS, 2) execute_tiles(const TileArguments arguments) {
-  const BlockMemory memory = block_memory(arguments);
-  const Code code{arguments.tables.phases, arguments.tables.phase_count, arguments.tables.instructions};
-  fill_zero(arguments.learned + std::ptrdiff_t{static_cast<int>(blockIdx.x)} * arguments.learn_size, arguments.learn_size);
-  const int size = (arguments.steps + 1) * arguments.slots;
-  for (int tile = blockIdx.x; tile < arguments.tiles; tile += gridDim.x) {
-    fill_zero(arguments.energies + std::ptrdiff_t{tile} * size, size);  // slots of steps that the light cone leaves out
-    __syncthreads();                                                    // also for the sums that the tile before has left
-    CudaTeam<LANES, TENSOR> team(arguments, memory, tile);
-    run_phases(team, code);
+  if constexpr (!HAS_PRODUCT<PRODUCT>) {
+    stop();
+  } else {
+    const BlockMemory memory = block_memory(arguments);
+    const Code code{arguments.tables.phases, arguments.tables.phase_count, arguments.tables.instructions};
+    fill_zero(arguments.learned + std::ptrdiff_t{static_cast<int>(blockIdx.x)} * arguments.learn_size, arguments.learn_size);
+    const int size = (arguments.steps + 1) * arguments.slots;
+    for (int tile = blockIdx.x; tile < arguments.tiles; tile += gridDim.x) {
+      fill_zero(arguments.energies + std::ptrdiff_t{tile} * size, size);  // slots of steps that the light cone leaves out
+      __syncthreads();                                                    // also for the sums that the tile before has left
+      CudaTeam<LANES, PRODUCT> team(arguments, memory, tile);
+      run_phases(team, code);
+    }
   }
 }
 

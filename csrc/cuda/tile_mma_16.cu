@@ -1,3 +1,3 @@
 #include "tile_instance.cuh"
 
-PCK_TILE_INSTANCE(tile_mma_16, 16, true)
+PCK_TILE_INSTANCE(tile_mma_16, 16, MMA)

@@ -1,3 +1,3 @@
 #include "tile_instance.cuh"
 
-PCK_TILE_INSTANCE(tile_mma_8, 8, true)
+PCK_TILE_INSTANCE(tile_mma_8, 8, MMA)

@@ -1,3 +1,3 @@
 #include "tile_instance.cuh"
 
-PCK_TILE_INSTANCE(tile_simt_16, 16, false)
+PCK_TILE_INSTANCE(tile_simt_16, 16, SIMT)

@@ -1,3 +1,3 @@
 #include "tile_instance.cuh"
 
-PCK_TILE_INSTANCE(tile_simt_2, 2, false)
+PCK_TILE_INSTANCE(tile_simt_2, 2, SIMT)

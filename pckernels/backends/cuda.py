@@ -29,11 +29,14 @@ class Options:
         precision: "fp32", or "tf32", "bf16", "fp16" for tensor cores, which add up in fp32. Convolutions are in fp32 whatever it says.
         tier: "stream" or "resident"; None: what the planner finds faster.
         lanes: samples of a tile; None likewise.
+        product: "simt" (fp32), "mma" or "wgmma" (the others): what multiplies. None: simt or mma. No GPU has proved wgmma yet, which needs
+            compute capability 9.0; so it is taken only where asked for, or, with "fastest", where the planner finds it faster.
     """
 
     precision: str = "fp32"
     tier: str | None = None
     lanes: int | None = None
+    product: str | None = None
 
 
 options = Scope(Options)
@@ -79,7 +82,7 @@ def plan_for(compiled: Compiled | str, batch: int, device: torch.device) -> Plan
 
 @lru_cache(maxsize=1024)
 def _planned(compiled: Compiled, batch: int, limits: Limits, wanted: Options) -> Plan | str:
-    return plan(compiled.code, batch, limits, wanted.precision, wanted.tier, wanted.lanes)
+    return plan(compiled.code, batch, limits, wanted.precision, wanted.tier, wanted.lanes, wanted.product)
 
 
 @lru_cache(maxsize=64)
@@ -108,7 +111,7 @@ def launch(compiled: Compiled, memory: Packed, batch: int, factor: float) -> Non
     if isinstance(found, str):  # of an op's call, or of the feed-forward pass that a complaint makes: nobody has asked before
         raise Unsupported(found)
     program, tables = loaded(compiled, device)
-    cut = (found.tier, found.lanes, found.precision, found.blocks)
+    cut = (found.tier, found.lanes, found.precision, found.blocks, found.product, found.staged)
     workspace = torch.empty(program.workspace_bytes(batch, *cut), dtype=torch.uint8, device=device)
     weights, gradients = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.gradients))
     pointers = (weights, memory.io_addresses, gradients)

@@ -7,7 +7,7 @@ python=${PYTHON:-python3}
 read -r -a includes <<<"$("$python" -m pybind11 --includes)"
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 flags=(-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-unused-function)
-flags+=(-DPCK_EMULATED -DPCK_MODULE=_cuda_emulated -I"$here" -I"$here/.." "${includes[@]}")
+flags+=(-DPCK_EMULATED -DPCK_MODULE=_cuda_emulated '-DPCK_ARCHITECTURES="sm_90a"' -I"$here" -I"$here/.." "${includes[@]}")
 mkdir -p "$folder"
 # shellcheck disable=SC2016  # the inner bash expands it
 printf '%s\0' "$here"/../*.cu "$here"/../*.cpp "$here"/*.cpp "$here"/../../host/{analysis,check}.cpp |

@@ -5,8 +5,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <tuple>
+#include <vector>
 
 #define PCK_EMULATED_RUNTIME
 #define __device__
@@ -44,8 +46,23 @@ struct Place {
 };
 extern Place place;  // of the fiber that runs
 extern char* shared;
-void meet();                                                // __syncthreads
-const char* exchange(const void* mine, std::size_t bytes);  // of the 32 threads of a warp, in a row
+void meet();  // __syncthreads
+
+// What the `size` threads of a warp (32) or a warpgroup (128) give, in a row.
+const char* exchange(const void* mine, std::size_t bytes, int size = 32);
+
+// Asynchronous work of the thread that runs: what it has issued runs when it waits, if it was committed before, as late as it may.
+struct Asynchronous {
+  bool fenced = false;  // since it waited, registers are its own again
+  std::vector<std::function<void()>> issued, committed;
+};
+Asynchronous& asynchronous();
+
+// Shared memory as asynchronous work sees it: as it was when a thread last fenced. NaN before.
+void fence_proxy();
+const char* proxy_view(std::size_t start, std::size_t bytes);  // stops where this is outside
+
+[[noreturn]] void stop(const char* why);  // run_blocks throws
 void run_blocks(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body);
 }  // namespace emulation
 
@@ -75,6 +92,12 @@ enum cudaError_t {
   cudaErrorInvalidDeviceFunction,
   cudaErrorMemoryAllocation
 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const char* capability = std::getenv("PCKERNELS_EMULATED_CAPABILITY");  // as 100 for 10.0
+  const int found = capability ? std::atoi(capability) : 90;
+  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? found / 10 : found % 10, cudaSuccess;
+}
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }

@@ -1,0 +1,3 @@
+#include "tile_instance.cuh"
+
+PCK_TILE_INSTANCE(tile_wgmma_32, 32, WGMMA)
