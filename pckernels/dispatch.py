@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pckernels.backends import cuda, host, reference, triton
+from pckernels.backends import cuda, device_op, host, reference, triton
 from pckernels.call import Call, Outcome
 from pckernels.errors import Unsupported
 
@@ -38,6 +38,7 @@ _BACKENDS: dict[str, Backend] = {
 }
 # "auto" tries these. Not "cuda" or "triton": their kernels have passed every test that needs no GPU, but none on one; ask for them by name.
 _ORDER = ("host", "reference")
+device_op.register()
 
 
 def backends() -> dict[str, Support]:

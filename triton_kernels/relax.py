@@ -44,7 +44,8 @@ from .pooling import avgpool, avgpool_t, maxpool, maxpool_grad
 from .products import linear, linear_t
 
 
-@triton.jit
+# One kernel for every model and batch: Triton would compile it anew for sizes of 1, and of multiples of 16, which takes half a minute.
+@triton.jit(do_not_specialize=["phase_count", "rows", "learned_size", "energies_size", "slots", "batch"])
 def relax(
     words,
     phases,

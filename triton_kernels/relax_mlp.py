@@ -39,7 +39,7 @@ from .products import multiply
 CHUNK = 16  # columns that a run-time loop multiplies at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "steps"])
 def relax_mlp(
     x,
     target,

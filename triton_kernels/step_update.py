@@ -38,7 +38,7 @@ PARTS = 528  # programs at most: four for each multiprocessor of an H100, and th
 WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def vertex_update(
     z,
     d,
