@@ -81,6 +81,15 @@ def test_ragged_batches(backend: str, batch: int) -> None:
         backends.assert_as_good(backend, "mlp", pck.Strict(2, 0.1, momentum=0.5), batch, loss)
 
 
+@pytest.mark.parametrize("name", ["skip", "cnn"])
+def test_a_tile_of_another_size_and_other_warps(backend: str, name: str, launches: list[str]) -> None:
+    with triton.options(variant="scratch", lanes=32, warps=4):
+        backends.assert_as_good(backend, name, pck.Strict(2, 0.05, momentum=0.5), 33)
+        _, network = backends.networks(name)
+        plan = network.infer(*backends.data(name, 33, "squared_error")).plan
+    assert "32 samples in each of 2 tiles, 2 programs of 4 warps" in plan
+
+
 @pytest.mark.parametrize("width", [8, 10, 64, 100, 129])
 def test_ragged_widths(backend: str, width: int, launches: list[str]) -> None:
     with triton.options(variant="scratch"):
