@@ -4,7 +4,10 @@ PYTHON ?= python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.pckernels-installed
 OUT := out
-INTERPRETED := tests/test_triton_kernels.py tests/test_triton_chain.py tests/test_triton_machine.py
+COMPILED := tests/test_triton_build.py
+# test_triton_absent.py runs where there is no Triton, and all others are skipped.
+INTERPRETED := $(addprefix tests/test_triton_,absent.py op.py kernels.py step.py chain.py machine.py)
+INTERPRET = TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
 
 # The tensors of the demo and of the tests are too small to be worth a second thread each.
 OMP_NUM_THREADS ?= 1
@@ -18,16 +21,16 @@ demo: $(STAMP)
 	$(RUN) -m pckernels verify cnn resnet lstm --plot $(OUT)/convergence.png --json $(OUT)/verify.json
 	@echo "Figures: $$(echo $(OUT)/*.png $(OUT)/strict/*.png)"
 
-# A process for each core; tests that share a compilation stay together (xdist_group).
+# A process for each core; tests that share a compilation stay together (xdist_group). Triton decides when it is imported whether kernels
+# are interpreted, so those tests have processes of their own.
 test: lint
 	$(RUN) -m pytest -n auto --dist loadgroup
+	$(INTERPRET)
 
-# Triton's kernels, interpreted on the CPU and compiled for GPUs, which takes many minutes. Triton decides when it is imported whether
-# kernels are interpreted, so those tests have processes of their own.
+# The part of it that is Triton's: kernels compiled for GPUs, and interpreted on the CPU.
 test-triton: $(STAMP)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[triton]'
-	$(RUN) -m pytest tests/test_triton_build.py
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
+	$(RUN) -m pytest $(COMPILED)
+	$(INTERPRET)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

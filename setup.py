@@ -17,7 +17,7 @@ TRITON = "triton_kernels"  # installed as pckernels.triton: a top-level name wou
 CLI = ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"]
 DEV = ["hypothesis>=6.100", "mypy>=1.13", "pybind11>=2.12", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.8"]
 # PyTorch for CUDA brings Triton along; PyTorch for the CPU does not.
-TRITON_KERNELS = ['triton>=3.6; platform_system == "Linux"']
+TRITON_KERNELS = ['triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"']
 
 
 def version() -> str:
@@ -107,6 +107,6 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "numpy", "tqdm"],
-    extras_require={"cli": CLI, "triton": TRITON_KERNELS, "dev": CLI + DEV},
+    extras_require={"cli": CLI, "triton": TRITON_KERNELS, "dev": CLI + DEV + TRITON_KERNELS},
     entry_points={"console_scripts": ["pckernels = pckernels.cli:main"]},
 )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pckernels.backends import cuda, graph, host, reference, triton
+from pckernels.backends import cuda, device_op, graph, host, reference, triton
 from pckernels.call import Call, Outcome
 from pckernels.errors import Unsupported
 
@@ -40,6 +40,7 @@ _BACKENDS: dict[str, Backend] = {
 # "auto" tries these. Not "cuda" or "triton": their kernels have passed every test that needs no GPU, but none on one; ask for them by name.
 # Nor "graph": on the CPU it is no faster than the reference, and on a GPU its recordings have not run yet.
 _ORDER = ("host", "reference")
+device_op.register()
 
 
 def backends() -> dict[str, Support]:

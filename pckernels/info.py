@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .backends import device_op
 from .dispatch import backends
 from .jsonfile import add_json_argument, write_json
 from .version import __version__
@@ -22,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     print("\nbackends")
     for name, support in supported.items():
         print(f"  {name:<10} {'available' if support['ok'] else 'not available'}: {support['reason']}")
+    print(f"torch.ops.pckernels.relax on CUDA tensors: {device_op.choice().reason}")
     if args.json:
         write_json(args.json, {"versions": installed, "backends": supported})
     return 0

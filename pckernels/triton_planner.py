@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 from pckernels import triton_chain
 from pckernels.compiler import Compiled
-from pckernels.instructions import Code, Op
+from pckernels.instructions import Code
 from pckernels.planner import ARCHITECTURES, Limits
 
+PROGRAMS = 2  # of a multiprocessor, so that one works while another waits
 VARIANTS = ("on_chip", "scratch")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-LANES = (16,)
-WARPS = (4, 8)
+LANES, WARPS = (16, 32), (4, 8)  # what may be asked for, and is tried in tuning; Triton's products need 16 samples
 MIB = 2**20
 
 
@@ -41,40 +41,39 @@ class Options:
 
 @dataclass(frozen=True)
 class Shape:
-    """The constants that a kernel is compiled with, beside precision and lanes.
+    """The constants that the machine is compiled with, beside the precision.
 
     Attributes:
+        lanes: samples of a tile.
         warps: of a program.
         block: elements of the arena that are handled at once.
         rows, depth: of the weight's part in a product.
         conv_rows, conv_columns: of the result's part in a convolution.
     """
 
+    lanes: int
     warps: int
-    block: int
-    rows: int
-    depth: int
-    conv_rows: int
-    conv_columns: int
+    block: int = 1024
+    rows: int = 64
+    depth: int = 32
+    conv_rows: int = 32
+    conv_columns: int = 32
 
     @property
     def constants(self) -> dict[str, int]:
         """As the kernel's arguments."""
-        names = {"BLOCK": self.block, "ROWS": self.rows, "DEPTH": self.depth}
+        names = {"LANES": self.lanes, "BLOCK": self.block, "ROWS": self.rows, "DEPTH": self.depth}
         return {**names, "CONV_ROWS": self.conv_rows, "CONV_COLUMNS": self.conv_columns}
 
 
-def _shapes() -> dict[tuple[str, int], Shape]:
-    """Each row is compiled ahead of time and held against triton_kernels/budget.json. Nobody has timed them on a GPU yet."""
-    table = {}
-    for precision in PRECISIONS:
-        for lanes in LANES:
-            depth = 32 if precision in ("fp32", "tf32") else 64
-            table[precision, lanes] = Shape(warps=8, block=1024, rows=64, depth=depth, conv_rows=32, conv_columns=32)
-    return table
-
-
-TABLE = _shapes()
+# What runs unless lanes or warps are asked for. Each row is compiled ahead of time and held against triton_kernels/budget.json. Nobody has
+# timed them on a GPU yet: bench/gpu_tune.py does, and prints what belongs here.
+TABLE = {
+    "fp32": Shape(lanes=16, warps=8),
+    "tf32": Shape(lanes=16, warps=8),
+    "bf16": Shape(lanes=16, warps=8, depth=64),
+    "fp16": Shape(lanes=16, warps=8, depth=64),
+}
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,13 @@ class Plan:
 
     Attributes:
         variant: of VARIANTS.
-        lanes: samples of a tile.
-        programs: how many; each takes every programs-th tile.
-        shape: the kernel's other constants.
+        programs: how many; each takes every programs-th tile of shape.lanes samples.
+        shape: the kernel's constants; of the on_chip variant, lanes and warps alone.
         precision: of the products' operands.
         reason: in words, why this and nothing else.
     """
 
     variant: str
-    lanes: int
     programs: int
     shape: Shape
     precision: str
@@ -124,22 +121,20 @@ def _not_on_chip(compiled: Compiled, wanted: Options) -> str | None:
 def _on_chip(batch: int, wanted: Options) -> Plan:
     tiles = -(-batch // triton_chain.LANES)
     reason = f"on_chip variant: {triton_chain.LANES} samples in each of {tiles} programs, all nodes in registers for all steps"
-    return Plan("on_chip", triton_chain.LANES, tiles, TABLE[wanted.precision, triton_chain.LANES], wanted.precision, reason)
+    return Plan("on_chip", tiles, Shape(triton_chain.LANES, triton_chain.WARPS), wanted.precision, reason)
 
 
 def _scratch(code: Code, batch: int, limits: Limits, wanted: Options, why: str | None) -> Plan:
-    candidates = [wanted.lanes] if wanted.lanes else LANES
-    lanes = min(candidates, key=lambda lanes: cycles(code, batch, lanes, wanted.precision, limits))
-    tiles = -(-batch // lanes)
+    row = TABLE[wanted.precision]
+    shape = replace(row, lanes=wanted.lanes or row.lanes, warps=wanted.warps or row.warps)
+    tiles = -(-batch // shape.lanes)
     programs = max(1, min(tiles, limits.multiprocessors * PROGRAMS))
-    shape = TABLE[wanted.precision, lanes]
-    shape = replace(shape, warps=wanted.warps or shape.warps)
-    size = code.rows * lanes * 4 * programs
+    size = code.rows * shape.lanes * 4 * programs
     reason = (
-        f"scratch variant ({why}): {lanes} samples in each of {tiles} tiles, {programs} programs of {shape.warps} warps, "
+        f"scratch variant ({why}): {shape.lanes} samples in each of {tiles} tiles, {programs} programs of {shape.warps} warps, "
         f"{size / MIB:,.1f} MiB of state in global memory, which L2 holds where it is no larger"
     )
-    return Plan("scratch", lanes, programs, shape, wanted.precision, reason)
+    return Plan("scratch", programs, shape, wanted.precision, reason)
 
 
 def _check(wanted: Options) -> None:
@@ -151,25 +146,3 @@ def _check(wanted: Options) -> None:
     ):
         if value is not None and value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
-
-
-# Rough numbers of a multiprocessor and clock (sm_80 and later): they order the choices, no more.
-PROGRAMS = 2  # of a multiprocessor, so that one works while another waits
-FMAS, TENSOR_FMAS, L2_BYTES, BARRIER, ELEMENT = 128, 512, 64.0, 200.0, 0.25
-
-
-def cycles(code: Code, batch: int, lanes: int, precision: str, limits: Limits) -> float:
-    """Of the slowest multiprocessor, roughly: products by their multiplications or their weights' bytes, the rest by elements."""
-    tiles = -(-batch // lanes)
-    rounds = -(-tiles // max(1, min(tiles, limits.multiprocessors)))
-    fmas = FMAS if precision == "fp32" else TENSOR_FMAS
-    total = 0.0
-    for phase in code.phases:
-        for i in phase.instructions:
-            times = max(0, phase.last - max(phase.first, i.first) + 1)
-            total += times * (BARRIER * i.barrier + ELEMENT * i.n * lanes)
-            if i.op in (Op.LINEAR, Op.LINEAR_T):
-                total += times * i.p[0] * i.p[1] * i.p[2] * max(lanes / fmas, 4.0 / L2_BYTES)
-            elif i.op in (Op.CONV, Op.CONV_T, Op.CONV_LEARN):
-                total += times * i.p[3] * i.p[13] * i.p[14] * (i.p[0] // i.p[12]) * i.p[4] * i.p[5] * lanes / fmas
-    return rounds * total

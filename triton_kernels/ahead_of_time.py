@@ -3,8 +3,8 @@
 A module with kernels has a function `builds()` that yields a `Build` for each configuration that may run, and a line in MODULES. Each is
 compiled for every architecture; the registers come from cuobjdump, the shared memory from Triton. A row over its budget, without a
 budget, with a stack frame (which is where registers spill to) or beyond the chip's shared memory is an error; a row may allow a "stack",
-by hand. --write widens the budgets to what is found now, registers rounded up to the 8 that the chip hands out at once; the file holds
-for every Triton, so write it with each. NAME: the beginnings of the rows that are wanted.
+by hand. Each release of Triton compiles in its own way and has rows of its own. --write widens those of the installed one to what is
+found now, registers rounded up to the 8 that the chip hands out at once. NAME: the beginnings of the rows that are wanted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("local_update", "relax", "relax_mlp", "tables")
+MODULES = ("local_update", "relax", "relax_mlp", "step_update", "tables")
 BUDGET = Path(__file__).parent / "budget.json"
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # what a block may opt into
@@ -195,17 +195,43 @@ def widened(budget: Rows, found: Rows, names: Iterable[str]) -> Rows:
     return dict(sorted(rows.items()))
 
 
-def read_budget() -> Rows:
+def release() -> str:
+    """Of the installed Triton, such as "3.9"."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def read_budget(of: str) -> Rows:
+    """The rows for a release of Triton. Raises ValueError: budget.json has none."""
+    budgets = _read_budgets()
+    if of not in budgets:
+        raise ValueError(
+            f"budget.json has rows for Triton {' and '.join(budgets)}, and none for {of}. Install one of these, or look at what "
+            f"`python -m pckernels.triton.ahead_of_time --write` puts there, and commit it."
+        )
+    return budgets[of]
+
+
+def _read_budgets() -> dict[str, Rows]:
     return json.loads(BUDGET.read_text(encoding="utf-8")) if BUDGET.exists() else {}
+
+
+def _write_budget(of: str, found: Rows) -> None:
+    budgets = _read_budgets()
+    budgets[of] = widened(budgets.get(of, {}), found, _by_name())
+    BUDGET.write_text(json.dumps(dict(sorted(budgets.items())), indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> int:
     wanted = [argument for argument in arguments if argument != "--write"]
+    if "--write" not in arguments:
+        read_budget(release())  # that there is one, before it takes minutes
     found = {key: result.resources for key, result in compile_all(wanted).items()}
     print(table(found))
     if "--write" in arguments:
-        BUDGET.write_text(json.dumps(widened(read_budget(), found, _by_name()), indent=2) + "\n", encoding="utf-8")
-    wrong = complaints(found, read_budget(), wanted)
+        _write_budget(release(), found)
+    wrong = complaints(found, read_budget(release()), wanted)
     print("\n".join(wrong))
     return 1 if wrong else 0
 

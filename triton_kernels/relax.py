@@ -44,7 +44,8 @@ from .pooling import avgpool, avgpool_t, maxpool, maxpool_grad
 from .products import linear, linear_t
 
 
-@triton.jit
+# One kernel for every model and batch: Triton would compile it anew for sizes of 1, and of multiples of 16, which takes half a minute.
+@triton.jit(do_not_specialize=["phase_count", "rows", "learned_size", "energies_size", "slots", "batch"])
 def relax(
     words,
     phases,
@@ -190,7 +191,7 @@ def builds() -> Iterator[Build]:
     pointers = {"words": "*i32", "phases": "*i32", "weights": "*i64", "io": "*i64", "arenas": "*fp32", "learned": "*fp32"}
     pointers |= {"learned_at": "*i32", "energies": "*fp64"}
     numbers = dict.fromkeys(("phase_count", "rows", "learned_size", "energies_size", "slots", "batch"), "i32")
-    for (precision, lanes), shape in TABLE.items():
-        constants = {**shape.constants, "LANES": lanes, "PRECISION": precision}
+    for precision, shape in TABLE.items():
+        constants = {**shape.constants, "PRECISION": precision}
         options = {"num_warps": shape.warps}
-        yield Build(f"relax {precision} {lanes}", relax, {**pointers, **numbers}, constants, options, mma=precision != "fp32")
+        yield Build(f"relax {precision} {shape.lanes}", relax, {**pointers, **numbers}, constants, options, mma=precision != "fp32")

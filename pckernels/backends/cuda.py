@@ -105,7 +105,7 @@ def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> No
 
 
 def launch(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
-    """Put code's kernels on the current stream. Nothing waits for the GPU."""
+    """Put code's kernels on the current stream of the current device, which is the tensors'. Nothing waits for the GPU."""
     device = memory.energies.device
     found = plan_for(compiled, batch, device)
     if isinstance(found, str):  # of an op's call, or of the feed-forward pass that a complaint makes: nobody has asked before
@@ -130,13 +130,3 @@ def loaded(compiled: Compiled, device: torch.device) -> tuple[Any, Tensor]:
         program = engine().Program(**arguments(compiled))
         tables = torch.frombuffer(bytearray(program.tables()), dtype=torch.uint8)
     return program, tables.to(device)
-
-
-def _relax_on_cuda(weights: list[Tensor], inputs: list[Tensor], code: int, batch: int, factor: float, *, out: list[Tensor]) -> None:
-    found = ops.code_of(code)
-    memory = Packed.of(found, batch, weights, inputs, out)
-    with torch.cuda.device(memory.energies.device):
-        launch(found, memory, batch, factor)
-
-
-ops.LIBRARY.impl("relax.out", ops._guarded("relax.out", _relax_on_cuda), "CUDA")

@@ -95,7 +95,7 @@ def launch(compiled: Compiled, memory: Packed, batch: int, factor: float) -> Non
         raise Unsupported(found)
     with _on(device):
         if found.variant == "on_chip":
-            kernels("relax_mlp").run(compiled, memory, batch, factor, found.precision, found.lanes)
+            kernels("relax_mlp").run(compiled, memory, batch, factor, found.precision, found.shape.lanes)
         else:
             _Launch(compiled, memory, batch, found).run(factor)
 
@@ -143,7 +143,7 @@ class _Launch:
         self.tables = tables(compiled, self.device)
 
     def run(self, factor: float) -> None:
-        tiles = -(-self.batch // self.plan.lanes)
+        tiles = -(-self.batch // self.plan.shape.lanes)
         learned = self._new(self.plan.programs, self.tables.learned_size).zero_()
         energies = self._new(tiles, self.code.steps + 1, self.code.energies, dtype=torch.float64).zero_()
         if self.code.phases:
@@ -159,7 +159,7 @@ class _Launch:
             len(self.code.phases),
             self._addresses(self.memory.weights),
             self._addresses(self.memory.io),
-            self._new(plan.programs, self.code.rows, plan.lanes),
+            self._new(plan.programs, self.code.rows, plan.shape.lanes),
             self.code.rows,
             learned,
             self.tables.learned_at,
@@ -168,7 +168,6 @@ class _Launch:
             energies[0].numel(),
             self.code.energies,
             self.batch,
-            LANES=plan.lanes,
             PRECISION=plan.precision,
             **shape.constants,
             num_warps=shape.warps,
