@@ -5,7 +5,7 @@ from pckernels.autograd import backward
 from pckernels.dispatch import Support, backends
 from pckernels.errors import InferenceDiverged, Unsupported
 from pckernels.network import Inference, PCNetwork
-from pckernels.rules import ErrorOptimization, FixedPrediction, Incremental, Strict, ZeroDivergence
+from pckernels.rules import ErrorOptimization, FixedPrediction, Incremental, Relaxed, Strict, ZeroDivergence
 from pckernels.version import __version__
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Inference",
     "InferenceDiverged",
     "PCNetwork",
+    "Relaxed",
     "Strict",
     "Support",
     "Unsupported",

@@ -19,6 +19,24 @@ Update = Callable[[list[Tensor], list[Tensor]], None]
 
 
 @dataclass(frozen=True)
+class Extra:
+    """What a call reads beside the module's own: names of tensors of the call.
+
+    Attributes:
+        feedback: parameter -> its backward weight, of the same shape.
+        error_weights: hidden vertex -> its matrix E over features.
+    """
+
+    feedback: Mapping[str, str] = field(default_factory=dict)
+    error_weights: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [*self.feedback.values(), *self.error_weights.values()]
+
+
+@dataclass(frozen=True)
 class Call:
     """One inference: a traced graph bound to live tensors.
 
@@ -33,6 +51,7 @@ class Call:
         size: B, or None where no input has a batch.
         divisor: the reduction's part in the factor: B for the mean, 1 for the sum.
         update: moves live parameters by their gradients, where a rule that learns at each step has an optimizer.
+        extra: backward weights and error weights, where the rule has them.
         memo: what a backend finds out about the call before it runs it.
     """
 
@@ -46,6 +65,7 @@ class Call:
     size: int | None = None
     divisor: int = 1
     update: Update | None = None
+    extra: Extra = field(default_factory=Extra)
     memo: dict[str, Any] = field(default_factory=dict)
 
 

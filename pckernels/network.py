@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from pckernels import dispatch
 from pckernels.arguments import Arguments, check_inputs, clamped, module_key
-from pckernels.call import Call, Outcome, Snapshot, Update
+from pckernels.call import Call, Extra, Outcome, Snapshot, Update
 from pckernels.capture import first_line, speaks_of_dtypes
 from pckernels.deposit import deposit
 from pckernels.dispatch import Run
 from pckernels.errors import InferenceDiverged, Unsupported
+from pckernels.extra import PREFIX, ExtraParameters
 from pckernels.graph import ComputationGraph, Trace, trace
 from pckernels.losses import Loss, check_loss
 from pckernels.objective import Objective
@@ -32,9 +33,12 @@ _MISSING = object()
 class PCNetwork(nn.Module):
     """A PyTorch module that learns by predictive coding. It has the module's own parameters and state_dict keys.
 
+    Where the rule has weights of its own (Relaxed), those are parameters too, made at the first trace: `extra_parameters()`, with keys
+    `pc.*` in the state_dict.
+
     Args:
         module: any nn.Module that torch.export can capture.
-        rule: Strict, ErrorOptimization, Incremental, FixedPrediction or ZeroDivergence.
+        rule: Strict, ErrorOptimization, Incremental, FixedPrediction or ZeroDivergence, or Relaxed over one of these.
         loss: "squared_error" (1/2 sum over features), "cross_entropy" (logits with classes last, int64 targets, -100
             ignored, summed over positions), or f(output, target) -> (B,); per sample, batch first.
         reduction: "mean" divides `.grad` and `inference.loss` by the batch size alone, "sum" leaves them.
@@ -50,6 +54,7 @@ class PCNetwork(nn.Module):
     """
 
     module: nn.Module
+    _extra: ExtraParameters
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class PCNetwork(nn.Module):
         self.rule, self.loss, self.reduction = rule, loss, reduction
         self.value_nodes = value_nodes if isinstance(value_nodes, str) else tuple(value_nodes)
         self.batch_dim, self.backend, self.check = batch_dim, backend, check
+        self.__dict__["_extra"] = ExtraParameters()  # not in the registries, which are the module's
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
         self._latest: tuple[Any, Trace] | None = None
 
@@ -97,6 +103,38 @@ class PCNetwork(nn.Module):
         self.module.train(mode)
         self.training = mode
         return self
+
+    def extra_parameters(self) -> dict[str, nn.Parameter]:
+        """What the rule has beside the module's parameters, by name (`feedback.<parameter>`, `error_weights.<vertex>`): backward weights of
+        the weight's shape, error weights (features, features). They are among `parameters()`; those that are random do not require grad.
+
+        Raises RuntimeError before the first trace, if the rule has any.
+        """
+        dynamics = self.rule.dynamics
+        if not self._traces and not self._extra._parameters and (dynamics.feedback != "symmetric" or dynamics.has_error_weights):
+            raise RuntimeError("The extra parameters are made for a graph. Call trace(x) with an example input first.")
+        return dict(self._extra.named_parameters())
+
+    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        """The module's, and "pc", which holds the extra parameters, if there are any."""
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        if self._extra._parameters:
+            yield f"{prefix}.{PREFIX[:-1]}" if prefix else PREFIX[:-1], self._extra
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PCNetwork:
+        self._extra._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._extra._save_to_state_dict(destination, prefix + PREFIX, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *reports: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
+        missing, unexpected, errors = reports
+        known = self._extra.adopt(state_dict, prefix, self.rule.dynamics)
+        self._extra._load_from_state_dict(state_dict, prefix + PREFIX, metadata, strict, missing, [], errors)
+        unexpected[:] = [key for key in unexpected if key not in known]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward: it records gradients and moves running statistics as any forward does."""
@@ -157,7 +195,7 @@ class PCNetwork(nn.Module):
             deposit(self.module, parameters, gradients)
             optimizer.step()
 
-        with Rollback(self.module, optimizer):
+        with Rollback(self, optimizer):
             return self._run(inputs, kwargs, target, scale, learn=True, record=False, update=update)
 
     def infer(self, *args: Any, target: Any = _MISSING, record: bool = False, **kwargs: Any) -> Inference:
@@ -177,7 +215,21 @@ class PCNetwork(nn.Module):
 
     def trace(self, *args: Any, **kwargs: Any) -> ComputationGraph:
         """The computation graph for these inputs in the present training mode, from the cache or traced anew."""
-        return self._trace(Arguments(args, kwargs, self.batch_dim)).graph
+        traced = self._trace(Arguments(args, kwargs, self.batch_dim))
+        self._bind_extra(traced)
+        return traced.graph
+
+    def _bind_extra(self, traced: Trace) -> Extra:
+        """The extra parameters that the rule has on a graph."""
+        dynamics = self.rule.dynamics
+        if dynamics.feedback == "symmetric" and not dynamics.has_error_weights:
+            return Extra()
+        inner = _unwrapped(self.module)
+        if inner is not self.module:
+            raise Unsupported("DistributedDataParallel does not average the weights that a relaxed rule adds. Use another rule with it.")
+        if hasattr(inner, PREFIX[:-1]):
+            raise ValueError("The module has a member named 'pc', which is where the rule's own parameters go. Give it another name.")
+        return self._extra.extra(traced, dynamics, {key: _member(inner, name, "_parameters") for key, name in traced.parameters.items()})
 
     @property
     def graph(self) -> ComputationGraph:
@@ -232,8 +284,9 @@ class PCNetwork(nn.Module):
             traced = self._trace(arguments)
             objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync")
             divisor = (arguments.size or 1) if self.reduction == "mean" else 1
-            tensors, factor = _tensors(traced, module, arguments), scale / divisor
-            call = Call(traced, tensors, objective, self.rule.dynamics, learn, record, factor, arguments.size, divisor, update)
+            extra = self._bind_extra(traced)
+            tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale / divisor
+            call = Call(traced, tensors, objective, self.rule.dynamics, learn, record, factor, arguments.size, divisor, update, extra)
             name, run, why = dispatch.choose(self.backend, call)
             outcome = _explaining(module, run, call)
             self._check(outcome)

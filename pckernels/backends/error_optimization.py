@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pckernels.backends.feedforward import Bound, feedback
 from pckernels.backends.learning import learned
-from pckernels.backends.results import Tensors, Trajectory, diverged, outcome
+from pckernels.backends.results import Tensors, Trajectory, diverged, outcome, relaxation
 from pckernels.backends.state import Moving
 from pckernels.call import Call, Outcome
 from pckernels.schedule import steps_on, sweep_groups
@@ -73,5 +73,5 @@ def optimize_errors(bound: Bound, call: Call) -> Outcome:
             state.move(group, dynamics.rate, dynamics.momentum)
         trajectory.add()
     gradients, energies = learned(bound, call, state), trajectory.energies
-    plan = f"error optimisation, {dynamics.sweep} sweeps, {trajectory.steps} steps over {len(graph.hidden)} errors"
+    plan = f"error optimisation, {dynamics.sweep} sweeps, {trajectory.steps} steps over {len(graph.hidden)} errors{relaxation(dynamics)}"
     return outcome(bound, call, start, state, energies, diverged(energies), gradients, trajectory.history, plan)

@@ -28,6 +28,7 @@ from pckernels.backends.results import (
     energy,
     feed_forward_outcome,
     outcome,
+    relaxation,
 )
 from pckernels.backends.state import State
 from pckernels.call import Call, Outcome, Snapshot
@@ -79,7 +80,7 @@ class _Phase:
         dynamics, bound, energies = call.dynamics, self.state.bound, self.trajectory.energies
         nudged = f"nudged by {' and '.join(f'{beta:+g}' for beta in dynamics.nudges)}, " if dynamics.is_nudged else ""
         course = f"{dynamics.sweep} sweeps, {self.trajectory.steps} steps over {len(bound.graph.hidden)} value nodes"
-        plan = f"strict dynamics, {nudged}{course}"
+        plan = f"strict dynamics, {nudged}{course}{relaxation(dynamics)}"
         return outcome(bound, call, self.start, self.state, energies, diverged(energies), {}, self.trajectory.history, plan)
 
 
@@ -136,6 +137,7 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
     graph, original = bound.graph, call.trace.graph
     updates = LocalUpdates(bound, call.factor)
     arrived: Tensors = {}
+    values: Tensors = {}
     energies: list[Tensor] = []
     history: list[Snapshot] | None = [] if call.record else None
     for step in range(graph.depth + 1):
@@ -143,16 +145,17 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
             state.move([vertex.name for vertex in graph.hidden], call.dynamics.rate, 0.0)
         for vertex in graph.vertices:
             if vertex.distance == step and vertex.name in state.errors:
-                arrived[vertex.name] = state.errors[vertex.name]
+                arrived[vertex.name], values[vertex.name] = state.errors[vertex.name], state.value(vertex.name)
                 if call.learn:
                     updates.learn(state.locals[vertex.name], state.errors[vertex.name])
         energies.append(energy(start, [error for name, error in arrived.items() if name in original and name not in graph.outputs]))
         if history is not None:
-            history.append(Frozen(bound, dict(arrived)).snapshot(original))
-    plan = f"literal zero-divergence dynamics, {graph.depth} steps, {len(graph) - len(original)} identity vertices"
-    return outcome(
-        bound, call, start, Frozen(bound, arrived), torch.stack(energies), None, updates.gradients() if call.learn else {}, history, plan
+            history.append(Frozen(bound, dict(arrived), dict(values)).snapshot(original))
+    plan = (
+        f"literal zero-divergence dynamics, {graph.depth} steps, {len(graph) - len(original)} identity vertices{relaxation(call.dynamics)}"
     )
+    gradients = updates.gradients() if call.learn else {}
+    return outcome(bound, call, start, Frozen(bound, arrived, values), torch.stack(energies), None, gradients, history, plan)
 
 
 def _step(frozen: Frozen, names: list[str], rate: float) -> None:
@@ -169,9 +172,11 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
     dynamics, graph = call.dynamics, bound.graph
     assert call.objective is not None
     losses, errors = call.objective({name: bound.mu[name] for name in graph.outputs})
-    frozen = Frozen(bound, errors)
+    frozen = Frozen(bound, errors | bound.unrest())
+    errors = frozen.errors
     steps = steps_on(graph, dynamics.steps)
     squares = [losses.sum() for _ in range(steps + 1)]
+    squares[0] = energy(squares[0], bound.unrest().values())
     states: list[Tensors] = [dict(errors) for _ in range(steps + 1)]
     for group in error_groups(graph, dynamics):
         for t in range(1, steps + 1):
@@ -182,5 +187,5 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
     gradients = learned(bound, call, frozen)
     history = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
     order = "one time step after the other, " if dynamics.nested else ""
-    plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes"
+    plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes{relaxation(dynamics)}"
     return outcome(bound, call, losses, frozen, torch.stack(squares), None, gradients, history, plan)

@@ -53,6 +53,7 @@ class State(Moving):
     def __init__(self, bound: Bound, objective: Objective, beta: float = 1.0):
         super().__init__(bound, objective, beta)
         self.displacements: Tensors = {}
+        self.errors.update(bound.unrest())
 
     def value(self, name: str) -> Tensor:
         """v_i; of an output, which has no free value, its prediction."""
@@ -105,5 +106,7 @@ class State(Moving):
             self.observe()
 
     def _error(self, name: str) -> Tensor:
+        if name in self.bound.error_weights:
+            return self.value(name) - self.bound.expected(name, self.locals[name].mu.detach())
         change = self.locals[name].mu.detach() - self.bound.mu[name]
         return self.displacements[name] - change if name in self.displacements else -change

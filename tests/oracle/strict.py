@@ -123,11 +123,19 @@ class StrictLoop:
         """sum over children j of (d mu_j / d v_i)^T eps_j, for every vertex i."""
         total = {u.name: np.zeros_like(eps[u.name]) for u in self.hidden}
         for child in self.vertices:
-            to_parents, _ = child.function.pull_back([v[p] for p in child.parents], eps[child.name])
-            for parent, g in zip(child.parents, to_parents, strict=True):
+            for parent, g in zip(child.parents, self._to_parents(child, v, eps[child.name]), strict=True):
                 if parent in total:
                     total[parent] = total[parent] + g
         return total
+
+    def _to_parents(self, u: Vertex, v: dict[str, Array], g: Array) -> list[Array]:
+        """(d mu / d parent)^T g for every parent."""
+        return u.function.pull_back([v[p] for p in u.parents], g)[0]
+
+    @property
+    def theta(self) -> dict[str, Array]:
+        """What learns, by name; what is written into these arrays is what the loop computes with."""
+        return {name: array for u in self.vertices for name, array in u.function.parameters().items()}
 
     def _learn(self, v: dict[str, Array], eps: dict[str, Array]) -> Gradients:
         gradients: Gradients = {}
