@@ -23,6 +23,7 @@ from pckernels.graph import ComputationGraph, Trace, trace
 from pckernels.losses import Loss, check_loss
 from pckernels.objective import Objective
 from pckernels.placement import check_value_nodes
+from pckernels.precision import Precision, check_precision, is_learned
 from pckernels.rollback import Rollback
 from pckernels.rules import Rule, require_choice
 
@@ -33,8 +34,8 @@ _MISSING = object()
 class PCNetwork(nn.Module):
     """A PyTorch module that learns by predictive coding. It has the module's own parameters and state_dict keys.
 
-    Where the rule has weights of its own (Relaxed), those are parameters too, made at the first trace: `extra_parameters()`, with keys
-    `pc.*` in the state_dict.
+    Where the rule has weights of its own (Relaxed), or precisions are learned, those are parameters too, made at the first trace:
+    `extra_parameters()`, with keys `pc.*` in the state_dict.
 
     Args:
         module: any nn.Module that torch.export can capture.
@@ -47,6 +48,10 @@ class PCNetwork(nn.Module):
         backend: "auto" or one of `pckernels.backends()`.
         check: "sync" reads one device flag at the end of a call and raises at once; "deferred" never waits for the device:
             it adds nothing where the flag is bad, and raises when `.energy` or `.loss` is read.
+        precision: how much the error of a hidden vertex weighs in F, 1/2 pi_i ||eps_i||^2; 1 where nothing is said. A number for all, or
+            a dict from names of hidden vertices to numbers or tensors (broadcast over a sample), each > 0. "learned", for all or in the
+            dict: one number for the vertex, kept as its logarithm, which learns as F has -1/2 log pi_i for each of its elements.
+            From a feed-forward start with few steps errors are small, and learned precisions grow without bound: fix them then.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -66,6 +71,7 @@ class PCNetwork(nn.Module):
         batch_dim: int = 0,
         backend: str = "auto",
         check: str = "sync",
+        precision: Precision = None,
     ):
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -80,12 +86,14 @@ class PCNetwork(nn.Module):
         if batch_dim < 0:
             raise ValueError(f"batch_dim must be 0 or more; got {batch_dim}.")
         dispatch.check_backend(backend)
+        check_precision(precision)
         inner = _unwrapped(module)
         check_value_nodes(value_nodes, [name for name, _ in inner.named_modules()])
         self._adopt(module)
         self.rule, self.loss, self.reduction = rule, loss, reduction
         self.value_nodes = value_nodes if isinstance(value_nodes, str) else tuple(value_nodes)
         self.batch_dim, self.backend, self.check = batch_dim, backend, check
+        self.precision = precision
         self.__dict__["_extra"] = ExtraParameters()  # not in the registries, which are the module's
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
         self._latest: tuple[Any, Trace] | None = None
@@ -105,13 +113,15 @@ class PCNetwork(nn.Module):
         return self
 
     def extra_parameters(self) -> dict[str, nn.Parameter]:
-        """What the rule has beside the module's parameters, by name (`feedback.<parameter>`, `error_weights.<vertex>`): backward weights of
-        the weight's shape, error weights (features, features). They are among `parameters()`; those that are random do not require grad.
+        """What is learned beside the module's parameters, by name: backward weights `feedback.<parameter>`, of the weight's shape; error
+        weights `error_weights.<vertex>` (features, features); and `log_precision.<vertex>` (). They are among `parameters()`; those
+        that are random do not require grad.
 
-        Raises RuntimeError before the first trace, if the rule has any.
+        Raises RuntimeError before the first trace, if there will be any.
         """
         dynamics = self.rule.dynamics
-        if not self._traces and not self._extra._parameters and (dynamics.feedback != "symmetric" or dynamics.has_error_weights):
+        needed = dynamics.feedback != "symmetric" or dynamics.has_error_weights or is_learned(self.precision)
+        if needed and not self._traces and not self._extra._parameters:
             raise RuntimeError("The extra parameters are made for a graph. Call trace(x) with an example input first.")
         return dict(self._extra.named_parameters())
 
@@ -132,7 +142,7 @@ class PCNetwork(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *reports: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
         missing, unexpected, errors = reports
-        known = self._extra.adopt(state_dict, prefix, self.rule.dynamics)
+        known = self._extra.adopt(state_dict, prefix, self.rule.dynamics, self.precision)
         self._extra._load_from_state_dict(state_dict, prefix + PREFIX, metadata, strict, missing, [], errors)
         unexpected[:] = [key for key in unexpected if key not in known]
 
@@ -215,21 +225,26 @@ class PCNetwork(nn.Module):
 
     def trace(self, *args: Any, **kwargs: Any) -> ComputationGraph:
         """The computation graph for these inputs in the present training mode, from the cache or traced anew."""
-        traced = self._trace(Arguments(args, kwargs, self.batch_dim))
-        self._bind_extra(traced)
+        arguments = Arguments(args, kwargs, self.batch_dim)
+        traced = self._trace(arguments)
+        self._bind_extra(traced, arguments)
         return traced.graph
 
-    def _bind_extra(self, traced: Trace) -> Extra:
-        """The extra parameters that the rule has on a graph."""
+    def _bind_extra(self, traced: Trace, arguments: Arguments) -> Extra:
+        """The extra parameters and the precisions of this network on a graph."""
         dynamics = self.rule.dynamics
-        if dynamics.feedback == "symmetric" and not dynamics.has_error_weights:
+        if dynamics.feedback == "symmetric" and not dynamics.has_error_weights and self.precision is None:
             return Extra()
         inner = _unwrapped(self.module)
-        if inner is not self.module:
-            raise Unsupported("DistributedDataParallel does not average the weights that a relaxed rule adds. Use another rule with it.")
-        if hasattr(inner, PREFIX[:-1]):
-            raise ValueError("The module has a member named 'pc', which is where the rule's own parameters go. Give it another name.")
-        return self._extra.extra(traced, dynamics, {key: _member(inner, name, "_parameters") for key, name in traced.parameters.items()})
+        adds = dynamics.feedback != "symmetric" or dynamics.has_error_weights or is_learned(self.precision)
+        if adds and inner is not self.module:
+            raise Unsupported(
+                "DistributedDataParallel does not average what a network adds to its module. Use no Relaxed and no precision= with it."
+            )
+        if adds and hasattr(inner, PREFIX[:-1]):
+            raise ValueError("The module has a member named 'pc', which is where the network's own parameters go. Give it another name.")
+        weights = {key: _member(inner, name, "_parameters") for key, name in traced.parameters.items()}
+        return self._extra.extra(traced, dynamics, self.precision, weights, arguments.device)
 
     @property
     def graph(self) -> ComputationGraph:
@@ -284,7 +299,7 @@ class PCNetwork(nn.Module):
             traced = self._trace(arguments)
             objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync")
             divisor = (arguments.size or 1) if self.reduction == "mean" else 1
-            extra = self._bind_extra(traced)
+            extra = self._bind_extra(traced, arguments)
             tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale / divisor
             call = Call(traced, tensors, objective, self.rule.dynamics, learn, record, factor, arguments.size, divisor, update, extra)
             name, run, why = dispatch.choose(self.backend, call)

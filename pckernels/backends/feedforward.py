@@ -141,6 +141,21 @@ class Bound:
         self.weights = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
         self.backward_weights: dict[str, object] = {name: tensors[key].detach() for name, key in self.extra.feedback.items()}
         self.error_weights = {name: tensors[key].detach() for name, key in self.extra.error_weights.items()}
+        learned = {name: tensors[key].detach().exp() for name, key in self.extra.log_precisions.items()}
+        self.precisions: dict[str, float | Tensor] = {**self.extra.precisions, **learned}
+
+    def weighted(self, name: str, error: Tensor) -> Tensor:
+        """pi_i eps_i: what a vertex sends to its parents and learns from."""
+        return self.precisions[name] * error if name in self.precisions else error
+
+    def whitened(self, name: str, error: Tensor) -> Tensor:
+        """sqrt(pi_i) eps_i, half whose square is its part in F."""
+        return self.precisions[name] ** 0.5 * error if name in self.precisions else error
+
+    def log_volume(self, losses: Tensor) -> Tensor:
+        """The sum over learned precisions of -1/2 log pi_i for each element of v_i, over the whole batch; in the losses' dtype."""
+        parts = [-0.5 * self.mu[name].numel() * self.tensors[key].detach() for name, key in self.extra.log_precisions.items()]
+        return torch.stack(parts).sum().to(losses.dtype) if parts else losses.new_zeros(())
 
     def expected(self, name: str, mu: Tensor) -> Tensor:
         """What a value is compared with: E_i mu_i, or the prediction itself."""
@@ -232,7 +247,8 @@ def learning_parameters(call: Call) -> list[str]:
 def learning_extras(call: Call) -> list[str]:
     """The backward weights that learn, which their own weights must do too, and the error weights that do."""
     feedback = [key for name, key in call.extra.feedback.items() if call.tensors[name].requires_grad]
-    return [key for key in (*feedback, *call.extra.error_weights.values()) if call.tensors[key].requires_grad]
+    others = (*call.extra.error_weights.values(), *call.extra.log_precisions.values())
+    return [key for key in (*feedback, *others) if call.tensors[key].requires_grad]
 
 
 @lru_cache(maxsize=64)

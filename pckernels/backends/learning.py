@@ -1,7 +1,7 @@
 """The local update of the reference backend: d F / d theta_i = -(d mu_i / d theta_i)^T eps_i, summed over vertices.
 
 Backward weights learn what their weights do (the same product of errors and inputs, transposed where they are used), error
-weights by dF/dE_i = -eps_i mu_i^T.
+weights by dF/dE_i = -eps_i mu_i^T. Where a vertex has a precision, pi_i eps_i stands for eps_i throughout.
 """
 
 from __future__ import annotations
@@ -50,11 +50,20 @@ class LocalUpdates:
                 _accumulate(self.sums, name, result * coefficient if coefficient != 1.0 else result)
 
     def learn(self, local: Local, error: Tensor, coefficient: float = 1.0) -> None:
-        """Let one vertex learn from its error, times `coefficient`."""
+        """Let one vertex learn from its error eps_i, times `coefficient`."""
+        error = self.bound.weighted(local.vertex.name, error)
         self.add(local, vjp(local, error, self.wanted(local)), coefficient)
         key = self.bound.extra.error_weights.get(local.vertex.name)
         if key in self.bound.learning:
             _accumulate(self.sums, key, coefficient * _outer(error, local.mu.detach()))
+
+    def learn_precisions(self, errors: Mapping[str, Tensor], coefficient: float = 1.0) -> None:
+        """Let log pi learn by dF/dlog pi_i = 1/2 pi_i ||eps_i||^2 - 1/2 elements of v_i; an error that is absent is 0."""
+        for name, key in self.bound.extra.log_precisions.items():
+            if key in self.bound.learning:
+                mu = self.bound.mu[name]
+                square = self.bound.whitened(name, errors[name]).square().sum() if name in errors else mu.new_zeros(())
+                _accumulate(self.sums, key, coefficient * 0.5 * (mu.numel() - square).to(self.bound.tensors[key].dtype))
 
     def gradients(self, others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Parameter in the graph -> the sum of its local updates, times -factor: the sign of ordinary PyTorch gradients.
@@ -140,6 +149,7 @@ def learned(bound: Bound, call: Call, *states: Learnt, coefficients: Sequence[fl
     for state, coefficient in zip(states, coefficients, strict=True):
         for name, error in state.errors.items():
             updates.learn(state.locals[name], error, coefficient)
+        updates.learn_precisions(state.errors, coefficient)
     return updates.gradients()
 
 

@@ -31,6 +31,7 @@ from pckernels.backends.results import (
     relaxation,
 )
 from pckernels.backends.state import State
+from pckernels.backends.weighted_chain import weighted_sweep
 from pckernels.call import Call, Outcome, Snapshot
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
@@ -51,7 +52,9 @@ def run(call: Call) -> Outcome:
             return relax(Bound(graph, call), call)
         if dynamics.moves == "free_errors":
             return optimize_errors(Bound(graph, call), call)
-        return sweep(call) if dynamics.closed_form else _relax_errors(Bound(graph, call), call)
+        if dynamics.closed_form:
+            return weighted_sweep(Bound(graph, call), call) if call.extra.weighs_errors else sweep(call)
+        return _relax_errors(Bound(graph, call), call)
 
 
 def _relax_values(bound: Bound, call: Call) -> Outcome:
@@ -159,11 +162,11 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
 
 
 def _step(frozen: Frozen, names: list[str], rate: float) -> None:
-    """eps_i <- (1 - rate) eps_i + rate * sum over children of J_j^T eps_j, all at once."""
+    """eps_i <- (1 - rate pi_i) eps_i + rate * sum over children of J_j^T pi_j eps_j, all at once."""
     bound, errors = frozen.bound, frozen.errors
-    new = {name: (1.0 - rate) * errors[name] for name in names if name in errors}
+    new = {name: (1.0 - rate * bound.precisions.get(name, 1.0)) * errors[name] for name in names if name in errors}
     for child in dict.fromkeys(child for name in names for child in bound.graph.children[name] if child in errors):
-        for name, part in feedback(bound.locals[child], errors[child], names).items():
+        for name, part in feedback(bound.locals[child], bound.weighted(child, errors[child]), names).items():
             new[name] = new[name] + rate * part if name in new else rate * part
     errors.update(new)
 
@@ -175,13 +178,13 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
     frozen = Frozen(bound, errors | bound.unrest())
     errors = frozen.errors
     steps = steps_on(graph, dynamics.steps)
-    squares = [losses.sum() for _ in range(steps + 1)]
-    squares[0] = energy(squares[0], bound.unrest().values())
+    squares = [losses.sum() + bound.log_volume(losses) for _ in range(steps + 1)]
+    squares[0] = energy(squares[0], [bound.whitened(name, error) for name, error in bound.unrest().items()])
     states: list[Tensors] = [dict(errors) for _ in range(steps + 1)]
     for group in error_groups(graph, dynamics):
         for t in range(1, steps + 1):
             _step(frozen, group, dynamics.rate)
-            squares[t] = energy(squares[t], [frozen.errors[name] for name in group if name in frozen.errors])
+            squares[t] = energy(squares[t], [bound.whitened(name, frozen.errors[name]) for name in group if name in frozen.errors])
             if call.record:
                 states[t].update({name: frozen.errors[name] for name in group if name in frozen.errors})
     gradients = learned(bound, call, frozen)

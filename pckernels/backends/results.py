@@ -26,7 +26,7 @@ class Relaxed(Protocol):
 
 
 def energy(losses: Tensor, errors: Iterable[Tensor]) -> Tensor:
-    """F = sum of 1/2 ||eps_i||^2 over hidden vertices (precision 1), plus the loss, over the whole batch."""
+    """F = sum of 1/2 ||eps_i||^2 over hidden vertices (errors times the root of their precision), plus the loss, over the whole batch."""
     total = losses.sum()
     for error in errors:
         total = total + 0.5 * error.square().sum(dtype=losses.dtype)

@@ -112,6 +112,8 @@ def refusal(call: Call) -> str | None:
         return "a loss of one's own is a PyTorch function, which runs in the reference alone"
     if call.objective is not None and (call.dynamics.has_own_feedback or call.dynamics.has_error_weights):
         return "a relaxed rule brings errors back, or compares values, by weights of its own, which only the reference does"
+    if call.objective is not None and call.extra.weighs_errors:
+        return "a vertex has a precision other than 1, which only the reference knows"
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     code = code_of(call)

@@ -66,7 +66,7 @@ def error_optimization(loop: StrictLoop, steps: int, rate: float, momentum: floa
         energies.append(loop._energy(eps, mu))
         for group in loop._groups(sweep) if t < steps else ():
             delta = total_deltas(loop, *follow(loop, eps))
-            velocity |= {name: momentum * velocity[name] - (eps[name] - delta[name]) for name in group}
+            velocity |= {name: momentum * velocity[name] - (loop._weighted(eps)[name] - delta[name]) for name in group}
             eps = eps | {name: eps[name] + rate * velocity[name] for name in group}
     return Trajectory(values, errors, energies, loop._learn(v, errors[-1]))
 
