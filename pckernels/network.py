@@ -21,6 +21,7 @@ from pckernels.errors import InferenceDiverged, Unsupported
 from pckernels.extra import PREFIX, ExtraParameters
 from pckernels.graph import ComputationGraph, Trace, trace
 from pckernels.losses import Loss, check_loss
+from pckernels.match import Matched, check_match
 from pckernels.objective import Objective
 from pckernels.placement import check_value_nodes
 from pckernels.precision import Precision, check_precision, is_learned
@@ -52,6 +53,7 @@ class PCNetwork(nn.Module):
             a dict from names of hidden vertices to numbers or tensors (broadcast over a sample), each > 0. "learned", for all or in the
             dict: one number for the vertex, kept as its logarithm, which learns as F has -1/2 log pi_i for each of its elements.
             From a feed-forward start with few steps errors are small, and learned precisions grow without bound: fix them then.
+        match: "torch2pc", "pcx" or "whittington2017": do as that code does where it differs from the equations (match.py says how).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -72,6 +74,7 @@ class PCNetwork(nn.Module):
         backend: str = "auto",
         check: str = "sync",
         precision: Precision = None,
+        match: str | None = None,
     ):
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -87,13 +90,14 @@ class PCNetwork(nn.Module):
             raise ValueError(f"batch_dim must be 0 or more; got {batch_dim}.")
         dispatch.check_backend(backend)
         check_precision(precision)
+        check_match(match, rule, loss)
         inner = _unwrapped(module)
         check_value_nodes(value_nodes, [name for name, _ in inner.named_modules()])
         self._adopt(module)
         self.rule, self.loss, self.reduction = rule, loss, reduction
         self.value_nodes = value_nodes if isinstance(value_nodes, str) else tuple(value_nodes)
         self.batch_dim, self.backend, self.check = batch_dim, backend, check
-        self.precision = precision
+        self.precision, self.match = precision, match
         self.__dict__["_extra"] = ExtraParameters()  # not in the registries, which are the module's
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
         self._latest: tuple[Any, Trace] | None = None
@@ -298,18 +302,20 @@ class PCNetwork(nn.Module):
             arguments = Arguments(args, kwargs, self.batch_dim)
             traced = self._trace(arguments)
             objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync")
-            divisor = (arguments.size or 1) if self.reduction == "mean" else 1
+            check_match(self.match, self.rule, self.loss)
+            matched = Matched(self.match, self.rule, self.reduction, arguments.size)
+            pull, divisor = matched.objective(objective), matched.divisor
             extra = self._bind_extra(traced, arguments)
-            tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale / divisor
-            call = Call(traced, tensors, objective, self.rule.dynamics, learn, record, factor, arguments.size, divisor, update, extra)
+            tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale * matched.factor / divisor
+            call = Call(traced, tensors, pull, matched.rule, learn, record, factor, arguments.size, divisor, update, extra)
             name, run, why = dispatch.choose(self.backend, call)
             outcome = _explaining(module, run, call)
             self._check(outcome)
             if optimizer is not None:
                 optimizer.zero_grad()
             self._commit(module, call, outcome)
-            clamped_outputs = {} if objective is None or call.dynamics.is_nudged else objective.clamped
-        return Inference(outcome, name, why, clamped_outputs, divisor, self.check)
+            clamped_outputs = {} if objective is None or self.rule.dynamics.is_nudged else objective.clamped
+        return Inference(outcome, name, why, clamped_outputs, matched.reported, self.check)
 
     def _check(self, outcome: Outcome) -> None:
         if self.check == "sync" and not bool(outcome.good):
@@ -335,7 +341,7 @@ class Inference:
         history: with record=True, `.values` and `.errors` at every step t = 0 .. T; otherwise None.
     """
 
-    def __init__(self, outcome: Outcome, backend: str, why: str, clamped: Mapping[str, Tensor], divisor: int, check: str):
+    def __init__(self, outcome: Outcome, backend: str, why: str, clamped: Mapping[str, Tensor], divisor: float, check: str):
         self._outcome, self._outputs, self._divisor, self._check = outcome, clamped, divisor, check
         self.backend, self.plan = backend, f"{outcome.plan} ({why})" if why else outcome.plan
         self._values: dict[str, Tensor] | None = None

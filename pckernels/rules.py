@@ -24,6 +24,9 @@ class Dynamics:
         weight_rate: by how much of their reduced gradient the weights then move; None leaves that to the call's optimizer.
         nudges: one relaxation for each factor beta of the loss in F; what is learned is their mean, each divided by its beta.
         feedback, derivative, error_weights: as in Relaxed.
+        stale_errors: weights learn from the errors of before the last step, at the values after it.
+        halving: after a step in which the energy of any sample rose the rate is halved; after another step in which 2 F fell by less
+            than halving * rate / units, a mean over samples, inference stops. None: neither.
     """
 
     moves: str
@@ -41,6 +44,8 @@ class Dynamics:
     feedback: str = "symmetric"
     derivative: bool = True
     error_weights: str = "identity"
+    stale_errors: bool = False
+    halving: float | None = None
 
     @property
     def has_own_feedback(self) -> bool:

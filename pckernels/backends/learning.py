@@ -137,6 +137,17 @@ class LocalUpdates:
 class Learnt(Protocol):
     """A state that weights may learn from: predictions, and their errors."""
 
+    @property
+    def locals(self) -> dict[str, Local]: ...
+
+    @property
+    def errors(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Predictions, and errors that need not be of the same moment."""
+
     locals: dict[str, Local]
     errors: dict[str, Tensor]
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from pckernels.backends.closed_form import sweep
 from pckernels.backends.error_optimization import optimize_errors
 from pckernels.backends.feedforward import Bound, feedback
+from pckernels.backends.halving import HalvedRate
 from pckernels.backends.incremental import descend_together
-from pckernels.backends.learning import LocalUpdates, learned
+from pckernels.backends.learning import Learnt, Lesson, LocalUpdates, learned
 from pckernels.backends.results import (
     Frozen,
     Tensors,
@@ -61,7 +62,7 @@ def _relax_values(bound: Bound, call: Call) -> Outcome:
     """Gradient descent of F on the values, once for each nudge; then weights learn from the fresh errors of all."""
     nudges = call.dynamics.nudges
     phases = [_descend(bound, call, beta) for beta in nudges]
-    gradients = learned(bound, call, *[phase.state for phase in phases], coefficients=[1.0 / (beta * len(nudges)) for beta in nudges])
+    gradients = learned(bound, call, *[phase.taught for phase in phases], coefficients=[1.0 / (beta * len(nudges)) for beta in nudges])
     outcomes = [phase.outcome(call) for phase in phases]
     good = torch.stack([each.good for each in outcomes]).all()
     return replace(outcomes[0], gradients=gradients, good=good, complaint=lambda: _first_bad(outcomes).complaint())
@@ -73,11 +74,12 @@ def _first_bad(outcomes: list[Outcome]) -> Outcome:
 
 @dataclass(frozen=True)
 class _Phase:
-    """One relaxation: its losses at the start, its last state, and its course."""
+    """One relaxation: its losses at the start, its last state, its course, and what weights learn from."""
 
     start: Tensor
     state: State
     trajectory: Trajectory
+    taught: Learnt
 
     def outcome(self, call: Call) -> Outcome:
         dynamics, bound, energies = call.dynamics, self.state.bound, self.trajectory.energies
@@ -95,12 +97,16 @@ def _descend(bound: Bound, call: Call, beta: float) -> _Phase:
     start, trajectory = state.losses, Trajectory(state, call.record)
     groups = sweep_groups(graph, dynamics.sweep)
     resting = Resting(graph, dynamics.tolerance, start) if dynamics.tolerance is not None else None
+    rate = HalvedRate(state, dynamics.rate, dynamics.halving) if dynamics.halving is not None else None
+    errors = state.errors
     for _ in range(steps_on(graph, dynamics.steps)):
-        moves = [state.move(group, dynamics.rate, dynamics.momentum, resting.mask if resting else None) for group in groups]
+        errors = dict(state.errors) if dynamics.stale_errors else errors
+        size = rate.rate if rate else dynamics.rate
+        moves = [state.move(group, size, dynamics.momentum, resting.mask if resting else None) for group in groups]
         trajectory.add()
-        if resting and resting.after(moves):
+        if (resting and resting.after(moves)) or (rate and rate.after()):
             break
-    return _Phase(start, state, trajectory)
+    return _Phase(start, state, trajectory, Lesson(state.locals, errors))
 
 
 class Resting:
