@@ -4,8 +4,9 @@ from pckernels import nn, testing
 from pckernels.autograd import backward
 from pckernels.dispatch import Support, backends
 from pckernels.errors import InferenceDiverged, Unsupported
+from pckernels.mupc import mupc
 from pckernels.network import Inference, PCNetwork
-from pckernels.rules import ErrorOptimization, FixedPrediction, Incremental, Strict, ZeroDivergence
+from pckernels.rules import ErrorOptimization, FixedPrediction, Incremental, Relaxed, Strict, ZeroDivergence
 from pckernels.version import __version__
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Inference",
     "InferenceDiverged",
     "PCNetwork",
+    "Relaxed",
     "Strict",
     "Support",
     "Unsupported",
@@ -22,6 +24,7 @@ __all__ = [
     "__version__",
     "backends",
     "backward",
+    "mupc",
     "nn",
     "testing",
 ]

@@ -19,6 +19,33 @@ Update = Callable[[list[Tensor], list[Tensor]], None]
 
 
 @dataclass(frozen=True)
+class Extra:
+    """What a call reads beside the module's own: names of tensors of the call.
+
+    Attributes:
+        feedback: parameter -> its backward weight, of the same shape.
+        error_weights: hidden vertex -> its matrix E over features.
+        log_precisions: hidden vertex -> log pi, where it is learned.
+        precisions: hidden vertex -> pi itself, where it is fixed and not 1: a number, or a tensor that broadcasts over a sample.
+    """
+
+    feedback: Mapping[str, str] = field(default_factory=dict)
+    error_weights: Mapping[str, str] = field(default_factory=dict)
+    log_precisions: Mapping[str, str] = field(default_factory=dict)
+    precisions: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [*self.feedback.values(), *self.error_weights.values(), *self.log_precisions.values()]
+
+    @property
+    def weighs_errors(self) -> bool:
+        """Whether a precision is not 1, or learned."""
+        return bool(self.precisions or self.log_precisions)
+
+
+@dataclass(frozen=True)
 class Call:
     """One inference: a traced graph bound to live tensors.
 
@@ -33,6 +60,7 @@ class Call:
         size: B, or None where no input has a batch.
         divisor: the reduction's part in the factor: B for the mean, 1 for the sum.
         update: moves live parameters by their gradients, where a rule that learns at each step has an optimizer.
+        extra: backward weights, error weights and precisions, where the network has them.
         memo: what a backend finds out about the call before it runs it.
     """
 
@@ -46,6 +74,7 @@ class Call:
     size: int | None = None
     divisor: int = 1
     update: Update | None = None
+    extra: Extra = field(default_factory=Extra)
     memo: dict[str, Any] = field(default_factory=dict)
 
 

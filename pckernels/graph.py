@@ -179,6 +179,11 @@ class ComputationGraph:
         return "\n".join([*lines, summary + ("" if self.is_level else ", not level (some edges skip)")])
 
 
+def feature_axis(dimensions: int) -> int:
+    """Where the features of a value with so many dimensions lie: channels of four or five, else the last."""
+    return 1 if dimensions in (4, 5) else -1
+
+
 def _row(vertex: Vertex) -> tuple[str, ...]:
     shape = "x".join(map(str, vertex.shape))
     return (

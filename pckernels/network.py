@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from pckernels import dispatch
 from pckernels.arguments import Arguments, check_inputs, clamped, module_key
-from pckernels.call import Call, Outcome, Snapshot, Update
+from pckernels.call import Call, Extra, Outcome, Snapshot, Update
 from pckernels.capture import first_line, speaks_of_dtypes
 from pckernels.deposit import deposit
 from pckernels.dispatch import Run
 from pckernels.errors import InferenceDiverged, Unsupported
+from pckernels.extra import PREFIX, ExtraParameters
 from pckernels.graph import ComputationGraph, Trace, trace
 from pckernels.losses import Loss, check_loss
+from pckernels.match import Matched, check_match
 from pckernels.objective import Objective
 from pckernels.placement import check_value_nodes
+from pckernels.precision import Precision, check_precision, is_learned
 from pckernels.rollback import Rollback
 from pckernels.rules import Rule, require_choice
 
@@ -32,9 +35,12 @@ _MISSING = object()
 class PCNetwork(nn.Module):
     """A PyTorch module that learns by predictive coding. It has the module's own parameters and state_dict keys.
 
+    Where the rule has weights of its own (Relaxed), or precisions are learned, those are parameters too, made at the first trace:
+    `extra_parameters()`, with keys `pc.*` in the state_dict.
+
     Args:
         module: any nn.Module that torch.export can capture.
-        rule: Strict, ErrorOptimization, Incremental, FixedPrediction or ZeroDivergence.
+        rule: Strict, ErrorOptimization, Incremental, FixedPrediction or ZeroDivergence, or Relaxed over one of these.
         loss: "squared_error" (1/2 sum over features), "cross_entropy" (logits with classes last, int64 targets, -100
             ignored, summed over positions), or f(output, target) -> (B,); per sample, batch first.
         reduction: "mean" divides `.grad` and `inference.loss` by the batch size alone, "sum" leaves them.
@@ -43,6 +49,11 @@ class PCNetwork(nn.Module):
         backend: "auto" or one of `pckernels.backends()`.
         check: "sync" reads one device flag at the end of a call and raises at once; "deferred" never waits for the device:
             it adds nothing where the flag is bad, and raises when `.energy` or `.loss` is read.
+        precision: how much the error of a hidden vertex weighs in F, 1/2 pi_i ||eps_i||^2; 1 where nothing is said. A number for all, or
+            a dict from names of hidden vertices to numbers or tensors (broadcast over a sample), each > 0. "learned", for all or in the
+            dict: one number for the vertex, kept as its logarithm, which learns as F has -1/2 log pi_i for each of its elements.
+            From a feed-forward start with few steps errors are small, and learned precisions grow without bound: fix them then.
+        match: "torch2pc", "pcx" or "whittington2017": do as that code does where it differs from the equations (match.py says how).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -50,6 +61,7 @@ class PCNetwork(nn.Module):
     """
 
     module: nn.Module
+    _extra: ExtraParameters
 
     def __init__(
         self,
@@ -61,6 +73,8 @@ class PCNetwork(nn.Module):
         batch_dim: int = 0,
         backend: str = "auto",
         check: str = "sync",
+        precision: Precision = None,
+        match: str | None = None,
     ):
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -75,12 +89,16 @@ class PCNetwork(nn.Module):
         if batch_dim < 0:
             raise ValueError(f"batch_dim must be 0 or more; got {batch_dim}.")
         dispatch.check_backend(backend)
+        check_precision(precision)
+        check_match(match, rule, loss)
         inner = _unwrapped(module)
         check_value_nodes(value_nodes, [name for name, _ in inner.named_modules()])
         self._adopt(module)
         self.rule, self.loss, self.reduction = rule, loss, reduction
         self.value_nodes = value_nodes if isinstance(value_nodes, str) else tuple(value_nodes)
         self.batch_dim, self.backend, self.check = batch_dim, backend, check
+        self.precision, self.match = precision, match
+        self.__dict__["_extra"] = ExtraParameters()  # not in the registries, which are the module's
         self._traces: OrderedDict[Any, Trace] = OrderedDict()
         self._latest: tuple[Any, Trace] | None = None
 
@@ -97,6 +115,40 @@ class PCNetwork(nn.Module):
         self.module.train(mode)
         self.training = mode
         return self
+
+    def extra_parameters(self) -> dict[str, nn.Parameter]:
+        """What is learned beside the module's parameters, by name: backward weights `feedback.<parameter>`, of the weight's shape; error
+        weights `error_weights.<vertex>` (features, features); and `log_precision.<vertex>` (). They are among `parameters()`; those
+        that are random do not require grad.
+
+        Raises RuntimeError before the first trace, if there will be any.
+        """
+        dynamics = self.rule.dynamics
+        needed = dynamics.feedback != "symmetric" or dynamics.has_error_weights or is_learned(self.precision)
+        if needed and not self._traces and not self._extra._parameters:
+            raise RuntimeError("The extra parameters are made for a graph. Call trace(x) with an example input first.")
+        return dict(self._extra.named_parameters())
+
+    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        """The module's, and "pc", which holds the extra parameters, if there are any."""
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        if self._extra._parameters:
+            yield f"{prefix}.{PREFIX[:-1]}" if prefix else PREFIX[:-1], self._extra
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PCNetwork:
+        self._extra._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._extra._save_to_state_dict(destination, prefix + PREFIX, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *reports: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
+        missing, unexpected, errors = reports
+        known = self._extra.adopt(state_dict, prefix, self.rule.dynamics, self.precision)
+        self._extra._load_from_state_dict(state_dict, prefix + PREFIX, metadata, strict, missing, [], errors)
+        unexpected[:] = [key for key in unexpected if key not in known]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward: it records gradients and moves running statistics as any forward does."""
@@ -157,7 +209,7 @@ class PCNetwork(nn.Module):
             deposit(self.module, parameters, gradients)
             optimizer.step()
 
-        with Rollback(self.module, optimizer):
+        with Rollback(self, optimizer):
             return self._run(inputs, kwargs, target, scale, learn=True, record=False, update=update)
 
     def infer(self, *args: Any, target: Any = _MISSING, record: bool = False, **kwargs: Any) -> Inference:
@@ -177,7 +229,26 @@ class PCNetwork(nn.Module):
 
     def trace(self, *args: Any, **kwargs: Any) -> ComputationGraph:
         """The computation graph for these inputs in the present training mode, from the cache or traced anew."""
-        return self._trace(Arguments(args, kwargs, self.batch_dim)).graph
+        arguments = Arguments(args, kwargs, self.batch_dim)
+        traced = self._trace(arguments)
+        self._bind_extra(traced, arguments)
+        return traced.graph
+
+    def _bind_extra(self, traced: Trace, arguments: Arguments) -> Extra:
+        """The extra parameters and the precisions of this network on a graph."""
+        dynamics = self.rule.dynamics
+        if dynamics.feedback == "symmetric" and not dynamics.has_error_weights and self.precision is None:
+            return Extra()
+        inner = _unwrapped(self.module)
+        adds = dynamics.feedback != "symmetric" or dynamics.has_error_weights or is_learned(self.precision)
+        if adds and inner is not self.module:
+            raise Unsupported(
+                "DistributedDataParallel does not average what a network adds to its module. Use no Relaxed and no precision= with it."
+            )
+        if adds and hasattr(inner, PREFIX[:-1]):
+            raise ValueError("The module has a member named 'pc', which is where the network's own parameters go. Give it another name.")
+        weights = {key: _member(inner, name, "_parameters") for key, name in traced.parameters.items()}
+        return self._extra.extra(traced, dynamics, self.precision, weights, arguments.device)
 
     @property
     def graph(self) -> ComputationGraph:
@@ -231,17 +302,20 @@ class PCNetwork(nn.Module):
             arguments = Arguments(args, kwargs, self.batch_dim)
             traced = self._trace(arguments)
             objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync")
-            divisor = (arguments.size or 1) if self.reduction == "mean" else 1
-            tensors, factor = _tensors(traced, module, arguments), scale / divisor
-            call = Call(traced, tensors, objective, self.rule.dynamics, learn, record, factor, arguments.size, divisor, update)
+            check_match(self.match, self.rule, self.loss)
+            matched = Matched(self.match, self.rule, self.reduction, arguments.size)
+            pull, divisor = matched.objective(objective), matched.divisor
+            extra = self._bind_extra(traced, arguments)
+            tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale * matched.factor / divisor
+            call = Call(traced, tensors, pull, matched.rule, learn, record, factor, arguments.size, divisor, update, extra)
             name, run, why = dispatch.choose(self.backend, call)
             outcome = _explaining(module, run, call)
             self._check(outcome)
             if optimizer is not None:
                 optimizer.zero_grad()
             self._commit(module, call, outcome)
-            clamped_outputs = {} if objective is None or call.dynamics.is_nudged else objective.clamped
-        return Inference(outcome, name, why, clamped_outputs, divisor, self.check)
+            clamped_outputs = {} if objective is None or self.rule.dynamics.is_nudged else objective.clamped
+        return Inference(outcome, name, why, clamped_outputs, matched.reported, self.check)
 
     def _check(self, outcome: Outcome) -> None:
         if self.check == "sync" and not bool(outcome.good):
@@ -267,7 +341,7 @@ class Inference:
         history: with record=True, `.values` and `.errors` at every step t = 0 .. T; otherwise None.
     """
 
-    def __init__(self, outcome: Outcome, backend: str, why: str, clamped: Mapping[str, Tensor], divisor: int, check: str):
+    def __init__(self, outcome: Outcome, backend: str, why: str, clamped: Mapping[str, Tensor], divisor: float, check: str):
         self._outcome, self._outputs, self._divisor, self._check = outcome, clamped, divisor, check
         self.backend, self.plan = backend, f"{outcome.plan} ({why})" if why else outcome.plan
         self._values: dict[str, Tensor] | None = None

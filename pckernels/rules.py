@@ -23,6 +23,10 @@ class Dynamics:
         learn_at_each_step: values and weights move together at every step, in place of values first and weights at the end.
         weight_rate: by how much of their reduced gradient the weights then move; None leaves that to the call's optimizer.
         nudges: one relaxation for each factor beta of the loss in F; what is learned is their mean, each divided by its beta.
+        feedback, derivative, error_weights: as in Relaxed.
+        stale_errors: weights learn from the errors of before the last step, at the values after it.
+        halving: after a step in which the energy of any sample rose the rate is halved; after another step in which 2 F fell by less
+            than halving * rate / units, a mean over samples, inference stops. None: neither.
     """
 
     moves: str
@@ -37,6 +41,21 @@ class Dynamics:
     learn_at_each_step: bool = False
     weight_rate: float | None = None
     nudges: tuple[float, ...] = (1.0,)
+    feedback: str = "symmetric"
+    derivative: bool = True
+    error_weights: str = "identity"
+    stale_errors: bool = False
+    halving: float | None = None
+
+    @property
+    def has_own_feedback(self) -> bool:
+        """Whether errors come back by another way than the transposed Jacobian of the prediction."""
+        return self.feedback != "symmetric" or not self.derivative
+
+    @property
+    def has_error_weights(self) -> bool:
+        """Whether a value is compared with a mixture of its vertex's prediction."""
+        return self.error_weights != "identity"
 
     @property
     def is_nudged(self) -> bool:
@@ -242,6 +261,63 @@ class ZeroDivergence(Rule):
         if self.solver == "sweep":
             return Dynamics("errors", None, 1.0, closed_form=True, learn_on_arrival=True)
         return Dynamics("values", None, 1.0, learn_on_arrival=True)
+
+
+@dataclass(frozen=True)
+class Relaxed(Rule):
+    """Any other rule with less to demand of biology: no weight transport, no f' on the way back, no one-to-one error connections.
+
+    The value update of the rule becomes
+        drive_i = -eps_i + sum over children j of B_j^T eps_j,   eps_i = v_i - E_i mu_i,
+    where B_j is d mu_j / d v_i with backward weights psi in place of the weights W, and with 1 in place of f'. The weight update
+    is the rule's own, from these errors: -(d mu_i / d theta_i)^T eps_i, with W and with f'. Symmetric, True, identity is the rule itself.
+
+    Args:
+        rule: Strict, ErrorOptimization, Incremental, FixedPrediction or ZeroDivergence.
+        feedback: "symmetric" (W^T), or backward weights psi, one for each weight that errors come back through: "learned" by the
+            Hebbian product that W learns by, transposed, so that psi gets the `.grad` of W; or "random", fixed (feedback alignment).
+        derivative: False drops f' of activation functions; pooling, norms, softmax and products of values keep their Jacobians.
+        error_weights: "identity"; or a matrix E_i for each hidden vertex over its features (channels where a value has four or five
+            dimensions, else the last one), "learned" by dF/dE_i = -eps_i mu_i^T, or "random". No value starts at rest then:
+            every error is (1 - E_i) mu_i at first, so there is no light cone and no closed form, and the literal steps run.
+
+    What is learned or random are parameters of the network, `PCNetwork.extra_parameters()`, made at its first trace from a seed
+    of their names: psi ~ N(0, s^2) with s the root mean square of W's entries then, E_i ~ N(0, 1 / features).
+
+    Closed forms: with feedback= and derivative= alone FixedPrediction is still linear in its errors, and they are c_k(T) times
+    what one backward sweep by B gives; ZeroDivergence's one sweep is as exact. Both run as such.
+
+    Source: Millidge, Tschantz, Seth & Buckley 2020 (arXiv 2010.01047), whose E_i have no part in the way back, as here; its
+    published code moves E_i up the energy, by the other sign. Over ZeroDivergence it is this package's own combination.
+    """
+
+    exact: ClassVar[bool] = False  # of an instance: that of its rule
+
+    rule: Rule
+    feedback: str = "symmetric"
+    derivative: bool = True
+    error_weights: str = "identity"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule) or isinstance(self.rule, Relaxed):
+            raise TypeError(f"Relaxed takes another rule, as Relaxed(Strict(steps=20, rate=0.1)); got {type(self.rule).__name__}.")
+        require_choice("feedback", self.feedback, ("symmetric", "learned", "random"))
+        require_choice("error_weights", self.error_weights, ("identity", "learned", "random"))
+        if not isinstance(self.derivative, bool):
+            raise TypeError(f"derivative must be True or False; got {type(self.derivative).__name__}.")
+        if self.error_weights != "identity" and self.rule.dynamics.moves == "free_errors":
+            raise ValueError(
+                f"error_weights= weighs the comparison of a value with its prediction, and {type(self.rule).__name__} compares none: "
+                'its errors are what moves. Use error_weights="identity", or Strict, which has the same equilibria.'
+            )
+        object.__setattr__(self, "exact", self.rule.exact)
+
+    @property
+    def dynamics(self) -> Dynamics:
+        rule = self.rule
+        if self.error_weights != "identity" and isinstance(rule, FixedPrediction | ZeroDivergence):
+            rule = replace(rule, solver="iterate")
+        return replace(rule.dynamics, feedback=self.feedback, derivative=self.derivative, error_weights=self.error_weights)
 
 
 def require_steps(steps: Any) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .rules import ErrorOptimization, FixedPrediction, Incremental, Nudge, Rule, Strict, ZeroDivergence
+from .rules import ErrorOptimization, FixedPrediction, Incremental, Nudge, Relaxed, Rule, Strict, ZeroDivergence
 
 RULES: dict[str, type[Rule]] = {
     "fixed": FixedPrediction,
@@ -13,8 +13,10 @@ RULES: dict[str, type[Rule]] = {
     "zero": ZeroDivergence,
     "error_optimization": ErrorOptimization,
     "incremental": Incremental,
+    "relaxed": Relaxed,
 }
-RULE_OPTIONS = ("steps", "rate", "solver", "order", "momentum", "sweep", "nudge")
+RELAXATIONS = ("over", "feedback", "derivative", "error_weights")
+RULE_OPTIONS = ("steps", "rate", "solver", "order", "momentum", "sweep", "nudge", *RELAXATIONS)
 LEARNERS = ("pc", "backprop")
 LOSSES = ("squared_error", "cross_entropy")
 REDUCTIONS = ("sum", "mean")
@@ -51,6 +53,8 @@ class TrainConfig:
     Attributes:
         learner: "pc" or "backprop"; the options of the rule and `backend` belong to "pc" alone.
         nudge: beta, or ("centered", beta), as in rules.Strict.
+        over, feedback, derivative, error_weights: of the rule "relaxed": the rule that it relaxes, and as in rules.Relaxed.
+        precision: of every hidden vertex, a number or "learned", as in network.PCNetwork.
         batches: stop after so many batches, wherever in an epoch that is.
         train_samples, test_samples: use so many, evenly spaced over the data.
         hidden: the widths of the hidden layers (mlp), or the one width (rnn, lstm).
@@ -71,6 +75,11 @@ class TrainConfig:
     momentum: float | None = None
     sweep: str | None = None
     nudge: Nudge | None = None
+    over: str | None = None
+    feedback: str | None = None
+    derivative: bool | None = None
+    error_weights: str | None = None
+    precision: float | str | None = None
     backend: str | None = None
     loss: str = "squared_error"
     reduction: str | None = None
@@ -120,7 +129,10 @@ def complete(config: TrainConfig) -> TrainConfig:
 def build_rule(config: TrainConfig) -> Rule:
     """The rule of a complete configuration."""
     given = {name: getattr(config, name) for name in RULE_OPTIONS if getattr(config, name) is not None}
-    return RULES[config.rule or "fixed"](**given)
+    own = {name: given.pop(name) for name in RELAXATIONS if name in given}
+    own.pop("over", None)
+    rule = RULES[_relaxed_rule(config)](**given)
+    return Relaxed(rule, **own) if config.rule == "relaxed" else rule
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
@@ -130,11 +142,18 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in FREE}
 
 
+def _relaxed_rule(config: TrainConfig) -> str:
+    """The name of the rule, or of the rule that it relaxes."""
+    return (config.over if config.rule == "relaxed" else config.rule) or "fixed"
+
+
 def _rule_defaults(config: TrainConfig) -> dict[str, Any]:
-    rule = config.rule or "fixed"
-    options = _options_of(rule)
-    _refuse_foreign_options(config, rule, options)
-    defaults: dict[str, Any] = {"rule": rule, "backend": config.backend or "auto"}
+    rule = _relaxed_rule(config)
+    options = _options_of(rule) | (set(RELAXATIONS) if config.rule == "relaxed" else set())
+    _refuse_foreign_options(config, config.rule or rule, options)
+    defaults: dict[str, Any] = {"rule": config.rule or rule, "backend": config.backend or "auto"}
+    if config.rule == "relaxed":
+        defaults["over"] = rule
     if "steps" in options:
         defaults["steps"] = STEPS[rule][config.model] if config.steps is None else config.steps
         defaults["rate"] = RATE if config.rate is None else config.rate
@@ -152,8 +171,8 @@ def _options_of(rule: str) -> set[str]:
 def _refuse_foreign_options(config: TrainConfig, rule: str, options: set[str]) -> None:
     for name in RULE_OPTIONS:
         if name not in options and getattr(config, name) is not None:
-            owners = " and ".join(other for other in RULES if name in _options_of(other))
-            raise ValueError(f"--{name} is not an option of the rule {rule}, but of {owners}; drop it, or choose such a rule.")
+            owners = " and ".join(other for other in RULES if name in _options_of(other) or (other == "relaxed" and name in RELAXATIONS))
+            raise ValueError(f"--{_flag(name)} is not an option of the rule {rule}, but of {owners}; drop it, or choose such a rule.")
 
 
 def _require_choices(config: TrainConfig) -> None:
@@ -162,7 +181,7 @@ def _require_choices(config: TrainConfig) -> None:
     _choose("loss", config.loss, LOSSES)
     _choose("optimizer", config.optimizer, OPTIMIZERS)
     _choose("dtype", config.dtype, DTYPES)
-    for name, choices in (("rule", tuple(RULES)), ("reduction", REDUCTIONS)):
+    for name, choices in (("rule", tuple(RULES)), ("over", tuple(RULES)[:-1]), ("reduction", REDUCTIONS)):
         if getattr(config, name) is not None:
             _choose(name, getattr(config, name), choices)
     if config.data is not None and config.data not in DATA[config.model]:
@@ -184,13 +203,15 @@ def _require_ranges(config: TrainConfig) -> None:
 
 def _require_belonging(config: TrainConfig) -> None:
     if config.learner == "backprop":
-        _refuse(config, ("rule", *RULE_OPTIONS, "backend"), "the learner backprop, but of pc")
+        _refuse(config, ("rule", *RULE_OPTIONS, "precision", "backend"), "the learner backprop, but of pc")
     if config.model != "lstm":
         _refuse(config, ("sequence", "sample", "temperature"), f"the model {config.model}, but of lstm")
     if config.model == "cnn":
         _refuse(config, ("hidden",), "the model cnn, whose layers are those of the paper")
     if config.order == "nested" and config.model in ("mlp", "cnn"):
         raise ValueError(f"--order nested goes by time steps, and the model {config.model} has none; drop it.")
+    if config.model == "rnn" and (config.error_weights not in (None, "identity") or isinstance(config.precision, str)):
+        raise ValueError("The names have no common length, and each time step has error weights and precisions of its own; drop them.")
     if config.optimizer != "sgd":
         _refuse(config, ("optimizer_momentum",), f"the optimizer {config.optimizer}, but of sgd")
     if config.hidden is not None and (min(config.hidden, default=0) < 1 or (config.model != "mlp" and len(config.hidden) != 1)):
@@ -223,4 +244,4 @@ def _require_at_least(name: str, value: int | None, least: int) -> None:
 
 
 def _flag(name: str) -> str:
-    return name.replace("_", "-")
+    return "no-derivative" if name == "derivative" else name.replace("_", "-")

@@ -61,6 +61,11 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--momentum", type=float, help="of values or errors (all but fixed and zero)")
     group.add_argument("--sweep", choices=("jacobi", "top_down", "red_black"), help="of all but fixed and zero; default: jacobi")
     group.add_argument("--nudge", nargs="+", metavar="BETA", help="of strict: BETA or centered BETA, how hard the loss pulls")
+    group.add_argument("--over", choices=tuple(settings.RULES)[:-1], help="of relaxed: the rule that it relaxes; default: fixed")
+    group.add_argument("--feedback", choices=("symmetric", "learned", "random"), help="of relaxed: backward weights (default: symmetric)")
+    group.add_argument("--no-derivative", dest="derivative", action="store_const", const=False, help="of relaxed: no f' on the way back")
+    group.add_argument("--error-weights", choices=("identity", "learned", "random"), help="of relaxed (default: identity)")
+    group.add_argument("--precision", metavar="PI", help="of all hidden vertices (all rules but zero): a number, or learned")
     group.add_argument("--backend", help="default: auto; `pckernels info` lists them")
 
 
@@ -113,10 +118,11 @@ def configurations(args: argparse.Namespace) -> list[TrainConfig]:
     chosen = {option.name: getattr(args, option.name) for option in fields(TrainConfig)}
     chosen["hidden"] = tuple(args.hidden) if args.hidden else None
     chosen["nudge"] = _nudge(args.nudge) if args.nudge else None
+    chosen["precision"] = _precision(args.precision) if args.precision else None
     if args.learner != "both":
         return [complete(TrainConfig(**chosen))]
     pc = TrainConfig(**{**chosen, "learner": "pc"})
-    foreign: dict[str, Any] = dict.fromkeys(("rule", *settings.RULE_OPTIONS, "backend"))
+    foreign: dict[str, Any] = dict.fromkeys(("rule", *settings.RULE_OPTIONS, "precision", "backend"))
     return [complete(pc), complete(replace(pc, learner="backprop", **foreign))]
 
 
@@ -130,6 +136,14 @@ def _nudge(words: list[str]) -> Nudge:
     if kind not in ([], ["centered"]):
         raise ValueError(f"--nudge takes a number, or the word centered and a number; got {' '.join(words)}.")
     return ("centered", number) if kind else number
+
+
+def _precision(word: str) -> float | str:
+    """A number, or learned."""
+    try:
+        return float(word)
+    except ValueError:
+        return word  # PCNetwork says what it may be
 
 
 def _print_results(results: list[Result]) -> None:

@@ -144,7 +144,7 @@ def build_network(config: TrainConfig, dataset: data.Dataset) -> PCNetwork:
     torch.manual_seed(config.seed)
     pc: dict[str, Any] = {"loss": config.loss, "reduction": config.reduction}
     if config.learner == "pc":
-        pc |= {"rule": settings.build_rule(config), "backend": config.backend}
+        pc |= {"rule": settings.build_rule(config), "backend": config.backend, "precision": config.precision}
     hidden, classes = config.hidden or (), len(dataset.classes)
     if config.model == "mlp":
         network: PCNetwork = nn.MLP([math.prod(dataset.shape), *hidden, classes], **pc)
@@ -184,7 +184,12 @@ def evaluate(run: Run) -> tuple[float, float]:
 
 def _start(config: TrainConfig, dataset: data.Dataset) -> Run:
     network = build_network(config, dataset)
-    return Run(config, dataset, network, build_optimizer(config, network))
+    run = Run(config, dataset, network, build_optimizer(config, network))
+    if config.rule == "relaxed" or config.precision is not None:  # what that adds to the module is made at the first trace
+        x, _ = _fetch(run, dataset.train, next(iter(dataset.train.batches(config.batch_size or 1))))
+        network.trace(x)
+        run.optimizer = build_optimizer(config, network)
+    return run
 
 
 def _learn(run: Run, metrics: Metrics, report: Callable[[str], None]) -> None:

@@ -35,9 +35,10 @@ def leaves(tensor):
 
 
 LITERAL = [pck.Strict(4, 0.1), pck.FixedPrediction(4, 0.5, solver="iterate"), pck.ZeroDivergence(solver="iterate")]
+RELAXED = [pck.Relaxed(rule, "learned", False, "learned") for rule in LITERAL]
 
 
-@pytest.mark.parametrize("rule", LITERAL, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("rule", [*LITERAL, *RELAXED], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("kind", ["skip", "lstm"])
 def test_no_differentiation_spans_two_vertices(monkeypatch, rule, kind):
     torch.manual_seed(0)

@@ -86,6 +86,33 @@ def test_the_nudge_of_the_command_line_is_the_rule_s_and_resumes(words, nudge, t
     assert float(rows(tmp_path / "pc.csv")[-1]["loss"]) == result.loss
 
 
+RELAXED = ["--rule", "relaxed", "--over", "zero", "--feedback", "learned", "--no-derivative"]
+
+
+def test_the_relaxed_rule_of_the_command_line_learns_what_it_adds_and_resumes(tmp_path):
+    options = ["mlp", *RELAXED, "--error-weights", "learned", "--lr", "1e-3", "--hidden", 8, *SMALL]
+    assert run(*options, "--out", tmp_path / "parts", "--batches", 2) == 0
+    assert run(*options, "--out", tmp_path / "parts", "--resume") == 0
+    assert run(*options, "--out", tmp_path / "whole") == 0
+    first, second = (checkpoint.load(tmp_path / name / "pc.pt")["run"]["model"] for name in ("parts", "whole"))
+    assert {name for name in first if name.startswith("pc.")} == {"pc.feedback.2.weight", "pc.error_weights.0"}
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    config = TrainConfig("mlp", rule="relaxed", over="zero", feedback="learned", derivative=False, hidden=(8,), batches=1, train_samples=96)
+    rule = train(config, report=silent).network.rule
+    assert (rule.feedback, rule.derivative, rule.error_weights, type(rule.rule).__name__) == (
+        "learned",
+        False,
+        "identity",
+        "ZeroDivergence",
+    )
+
+
+def test_the_precision_of_the_command_line_is_the_network_s():
+    learned = train(TrainConfig("mlp", rule="strict", precision="learned", lr=1e-3, hidden=(8,), batches=2, steps=2), report=silent)
+    assert all(value.item() != 0.0 for value in learned.network.extra_parameters().values()) and learned.network.extra_parameters()
+    assert train(TrainConfig("mlp", precision=0.5, hidden=(8,), batches=1), report=silent).network.precision == 0.5
+
+
 def test_the_default_learning_rate_of_incremental_is_shared_among_its_steps():
     assert complete(TrainConfig("mlp", rule="incremental", steps=8)).lr == complete(TrainConfig("mlp")).lr / 8
     assert complete(TrainConfig("mlp", rule="incremental", lr=0.3)).lr == 0.3
@@ -314,6 +341,15 @@ BAD = [
     (["mlp", "--rule", "strict", "--nudge", "left", "0.1"], "--nudge takes a number, or the word centered and a number; got left 0.1"),
     (["mlp", "--rule", "strict", "--nudge", "centered"], "--nudge takes a number, or the word centered and a number"),
     (["mlp", "--rule", "strict", "--nudge", "centered", "-1"], "beta of a centered nudge must be"),
+    (["mlp", "--feedback", "learned"], "--feedback is not an option of the rule fixed, but of relaxed"),
+    (["mlp", "--rule", "strict", "--no-derivative"], "--no-derivative is not an option of the rule strict, but of relaxed"),
+    (["mlp", "--rule", "relaxed", "--momentum", "0.5"], "--momentum is not an option of the rule relaxed"),
+    (["mlp", "--rule", "relaxed", "--over", "error_optimization", "--error-weights", "random"], "ErrorOptimization compares none"),
+    (["mlp", "--precision", "-1"], "precision must be finite and greater than 0"),
+    (["mlp", "--precision", "high"], 'precision must be a number, or "learned"'),
+    (["mlp", "--rule", "zero", "--precision", "2"], "ZeroDivergence is a statement about precision 1"),
+    (["mlp", "--learner", "backprop", "--precision", "2"], "--precision is not an option of the learner backprop"),
+    (["rnn", "--rule", "relaxed", "--error-weights", "learned"], "each time step has error weights and precisions of its own"),
     (["rnn", "--rule", "strict", "--order", "nested"], "--order is not an option of the rule strict, but of fixed"),
     (["mlp", "--rule", "zero", "--steps", "3"], "--steps is not an option of the rule zero"),
     (["mlp", "--order", "nested"], "the model mlp has none; drop it"),

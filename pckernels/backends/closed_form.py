@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pckernels.backends.feedforward import Bound, Place, feedback, vjp_of_several
+from pckernels.backends.feedforward import Bound, Local, Place, feedback, vjp_of_several
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.path_lengths import Plan, Siblings, make_plan, siblings
-from pckernels.backends.results import Frozen, Lazy, Tensors, bound_updates, complaint, energy, full_errors
+from pckernels.backends.results import Frozen, Lazy, Tensors, bound_updates, complaint, energy, full_errors, relaxation
 from pckernels.call import Call, Outcome, Snapshot
 from pckernels.graph import ComputationGraph
 from pckernels.rules import Dynamics
@@ -120,13 +120,25 @@ class Sweep:
         locals_ = [self.bound.locals[name] for name in names]
         learn = self.learn if weight != 0.0 else None
         wanted = [learn.wanted(local) for local in locals_] if learn else []
+        self.products += len(names)
+        if self.bound.dynamics.has_own_feedback:
+            if learn:
+                self._learn(
+                    learn, names, wanted, vjp_of_several(locals_, errors, [p for own in wanted for p in own]), [weight] * len(names)
+                )
+            return self._fed_back(locals_, errors, parents)
         places = [self.bound.leaves[parent] for parent in parents]
         results = vjp_of_several(locals_, errors, [*places, *(place for own in wanted for place in own)])
-        self.products += len(names)
         start = len(parents)
         if learn:
             self._learn(learn, names, wanted, results[start:], [weight] * len(names))
         return dict(zip(parents, results[:start], strict=True))
+
+    def _fed_back(self, locals_: list[Local], errors: list[Tensor], parents: list[str]) -> dict[str, Tensor | None]:
+        """What the parents get where the way back is another than the Jacobian by which weights learn."""
+        parts = [feedback(local, error, parents) for local, error in zip(locals_, errors, strict=True)]
+        arrived = {parent: [part[parent] for part in parts if parent in part] for parent in parents}
+        return {parent: sum(own[1:], own[0]) for parent, own in arrived.items() if own}
 
     def _learn(
         self, learn: LocalUpdates, names: list[str], wanted: list[list[Place]], results: list[Tensor | None], weights: list[float]
@@ -185,11 +197,12 @@ def sweep(call: Call) -> Outcome:
     assert call.objective is not None
     graph = call.trace.graph
     plan = make_plan(graph, call.dynamics, plan_dtype(graph))
-    bound = Bound(graph, call, connected=plan.lengths is not None)
+    at_once = plan.lengths is not None and not call.dynamics.has_own_feedback
+    bound = Bound(graph, call, connected=at_once)
     losses, at_outputs = call.objective({name: bound.mu[name] for name in graph.outputs})
     updates = LocalUpdates(bound, call.factor)
     swept = Sweep(bound, plan, True, updates if call.learn else None)
-    if plan.lengths is not None:
+    if at_once and plan.lengths is not None:
         swept.run_at_once(at_outputs, plan.lengths)
     else:
         swept.run(at_outputs)
@@ -220,7 +233,8 @@ def _description(dynamics: Dynamics, graph: ComputationGraph, swept: Sweep) -> s
     count = max(1, len(graph))
     kind = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else "fixed prediction in closed form"
     order = ", one time step after the other" if dynamics.nested else ""
-    return f"{kind}{order}: {swept.products} vector-Jacobian products for {len(graph)} vertices ({swept.products / count:.2g} sweeps)"
+    work = f"{swept.products} vector-Jacobian products for {len(graph)} vertices ({swept.products / count:.2g} sweeps)"
+    return f"{kind}{order}{relaxation(dynamics)}: {work}"
 
 
 def energy_later(call: Call) -> Callable[[], Tensor]:

@@ -3,7 +3,7 @@
 The value of a hidden vertex follows from the errors by a forward pass, v_i = mu_i(v_pa(i)) + eps_i, and the energy is
 F(eps) = sum of 1/2 ||eps_i||^2 + loss(mu_out). With delta_i = -dL/dv_i through that pass,
 
-    delta_out = -dloss/dmu_out,   delta_i = sum over children j of (d mu_j / d v_i)^T delta_j,   -dF/deps_i = delta_i - eps_i.
+    delta_out = -dloss/dmu_out,   delta_i = sum over children j of (d mu_j / d v_i)^T delta_j,   -dF/deps_i = delta_i - pi_i eps_i.
 
 The errors are the state, so none is a difference of numbers that are nearly equal. An error that has not left 0 is absent.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pckernels.backends.feedforward import Bound, feedback
 from pckernels.backends.learning import learned
-from pckernels.backends.results import Tensors, Trajectory, diverged, outcome
+from pckernels.backends.results import Tensors, Trajectory, diverged, outcome, relaxation
 from pckernels.backends.state import Moving
 from pckernels.call import Call, Outcome
 from pckernels.schedule import steps_on, sweep_groups
@@ -44,7 +44,7 @@ class ForwardState(Moving):
         deltas = self.deltas()
         moved = [name for name in names if name in deltas]
         for name in moved:
-            drive = deltas[name] - self.errors[name] if name in self.errors else deltas[name]
+            drive = deltas[name] - self.bound.weighted(name, self.errors[name]) if name in self.errors else deltas[name]
             step = rate * self.velocity(name, drive, momentum)
             self.errors[name] = self.errors[name] + step if name in self.errors else step
         self.follow(moved)
@@ -73,5 +73,5 @@ def optimize_errors(bound: Bound, call: Call) -> Outcome:
             state.move(group, dynamics.rate, dynamics.momentum)
         trajectory.add()
     gradients, energies = learned(bound, call, state), trajectory.energies
-    plan = f"error optimisation, {dynamics.sweep} sweeps, {trajectory.steps} steps over {len(graph.hidden)} errors"
+    plan = f"error optimisation, {dynamics.sweep} sweeps, {trajectory.steps} steps over {len(graph.hidden)} errors{relaxation(dynamics)}"
     return outcome(bound, call, start, state, energies, diverged(energies), gradients, trajectory.history, plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pckernels.call import Call
-from pckernels.graph import ComputationGraph, Derived, Trace, Vertex
+from pckernels.graph import ComputationGraph, Derived, Trace, Vertex, feature_axis
+from pckernels.routes import route_of
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Local:
         parents: the free parents' values; clamped ones have no Jacobian.
         taps: of each product with a weight its input, and where autograd passes its output: the edge keeps no memory.
         direct: the weights read outside of those products.
+        back: the prediction again, with the derivative by which errors come back, where that is not its own.
     """
 
     vertex: Vertex
@@ -34,6 +36,7 @@ class Local:
     parents: dict[str, Tensor]
     taps: tuple[tuple[Tensor, GradientEdge | None], ...]
     direct: tuple[Tensor, ...]
+    back: Tensor | None = None
 
 
 Place = Tensor | GradientEdge | None
@@ -91,9 +94,11 @@ def _can_be_differentiated_for(place: Place) -> bool:
 
 
 def feedback(local: Local, error: Tensor, parents: Iterable[str]) -> dict[str, Tensor]:
-    """(d mu / d v)^T error for the given parents; a parent that the prediction does not depend on is left out."""
+    """(d mu / d v)^T error for the given parents, or what the rule has in its place; a parent that the prediction does not depend on is
+    left out."""
     names = [name for name in parents if name in local.parents]
-    results = vjp(local, error, [local.parents[name] for name in names])
+    way = local if local.back is None else replace(local, mu=local.back)
+    results = vjp(way, error, [local.parents[name] for name in names])
     return {name: result for name, result in zip(names, results, strict=True) if result is not None}
 
 
@@ -116,6 +121,8 @@ class Bound:
         """`held`: what an earlier pass of the same call drew and measured, to be used again; `only`: the vertices to compute."""
         self.graph, self.connected, self.parameters = graph, connected, call.trace.parameters
         self.environment: dict[str, object] = {**call.tensors, **(held or {})}
+        self.dynamics, self.extra = call.dynamics, call.extra
+        self.tensors = call.tensors
         self.sources: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self._read_parameters(call.tensors)
@@ -129,8 +136,34 @@ class Bound:
                     self._compute(name)
 
     def _read_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
         self.sources = {name: tensor for name, tensor in tensors.items() if name in self.parameters}
         self.weights = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
+        self.backward_weights: dict[str, object] = {name: tensors[key].detach() for name, key in self.extra.feedback.items()}
+        self.error_weights = {name: tensors[key].detach() for name, key in self.extra.error_weights.items()}
+        learned = {name: tensors[key].detach().exp() for name, key in self.extra.log_precisions.items()}
+        self.precisions: dict[str, float | Tensor] = {**self.extra.precisions, **learned}
+
+    def weighted(self, name: str, error: Tensor) -> Tensor:
+        """pi_i eps_i: what a vertex sends to its parents and learns from."""
+        return self.precisions[name] * error if name in self.precisions else error
+
+    def whitened(self, name: str, error: Tensor) -> Tensor:
+        """sqrt(pi_i) eps_i, half whose square is its part in F."""
+        return self.precisions[name] ** 0.5 * error if name in self.precisions else error
+
+    def log_volume(self, losses: Tensor) -> Tensor:
+        """The sum over learned precisions of -1/2 log pi_i for each element of v_i, over the whole batch; in the losses' dtype."""
+        parts = [-0.5 * self.mu[name].numel() * self.tensors[key].detach() for name, key in self.extra.log_precisions.items()]
+        return torch.stack(parts).sum().to(losses.dtype) if parts else losses.new_zeros(())
+
+    def expected(self, name: str, mu: Tensor) -> Tensor:
+        """What a value is compared with: E_i mu_i, or the prediction itself."""
+        return mixed(self.error_weights[name], mu) if name in self.error_weights else mu
+
+    def unrest(self) -> dict[str, Tensor]:
+        """The errors of the feed-forward pass that are not 0: v_i - E_i mu_i with v_i = mu_i, of the vertices with error weights."""
+        return {name: self.mu[name] - self.expected(name, self.mu[name]) for name in self.error_weights}
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Let predictions from now on read other parameters; what the feed-forward pass drew and measured holds."""
@@ -163,6 +196,9 @@ class Bound:
         self.sources[name] = value
         if isinstance(value, Tensor):
             self.weights[name] = _leaf(value, value.requires_grad)
+        if any(read in self.backward_weights for read in derived.reads):  # an arrangement of parameters, and of their backward weights
+            parts = [self.backward_weights.get(read, self.sources.get(read, self.environment.get(read))) for read in derived.reads]
+            self.backward_weights[name] = derived.compute(*parts)
 
     def _constant(self, name: str) -> object:
         if name in self.mu:
@@ -182,18 +218,37 @@ class Bound:
         mu, taps = vertex.predict(*arguments)
         mu = mu.view_as(mu) if any(mu is parent for parent in parents.values()) else mu
         edges = tuple((x.detach(), get_gradient_edge(z) if z.requires_grad else None) for x, z in taps)
-        return Local(
-            vertex,
-            mu if vertex.dtype in (None, mu.dtype) else mu.to(vertex.dtype),
-            parents,
-            edges,
-            tuple(weights[n] for n in vertex.direct),
-        )
+        back = self._back(vertex, tuple(parents), arguments) if self.dynamics.has_own_feedback else None
+        return Local(vertex, _cast(mu, vertex), parents, edges, tuple(weights[n] for n in vertex.direct), back)
+
+    def _back(self, vertex: Vertex, free: tuple[str, ...], arguments: list[Any]) -> Tensor | None:
+        """The prediction with the derivative by which errors come back, or None where that is its own."""
+        route = route_of(vertex, free, self.dynamics.feedback != "symmetric", self.dynamics.derivative)
+        if route is None:
+            return None
+        return _cast(route.run(*arguments, *(self.backward_weights[name] for name in route.weights)), vertex)
+
+
+def mixed(weights: Tensor, mu: Tensor) -> Tensor:
+    """E mu over the features of mu: channels where it has four or five dimensions, else the last one."""
+    axis = feature_axis(mu.dim())
+    return (mu.movedim(axis, -1) @ weights.to(mu.dtype).t()).movedim(-1, axis)
+
+
+def _cast(mu: Tensor, vertex: Vertex) -> Tensor:
+    return mu if vertex.dtype in (None, mu.dtype) else mu.to(vertex.dtype)
 
 
 def learning_parameters(call: Call) -> list[str]:
-    """The parameters that vertices read and that learn, whether or not an error reaches them."""
-    return [key for key in _read_parameters(call.trace) if call.tensors[key].requires_grad]
+    """The parameters that vertices read and that learn, whether or not an error reaches them; and what the rule learns besides."""
+    return [key for key in (*_read_parameters(call.trace), *learning_extras(call)) if call.tensors[key].requires_grad]
+
+
+def learning_extras(call: Call) -> list[str]:
+    """The backward weights that learn, which their own weights must do too, and the error weights that do."""
+    feedback = [key for name, key in call.extra.feedback.items() if call.tensors[name].requires_grad]
+    others = (*call.extra.error_weights.values(), *call.extra.log_precisions.values())
+    return [key for key in (*feedback, *others) if call.tensors[key].requires_grad]
 
 
 @lru_cache(maxsize=64)

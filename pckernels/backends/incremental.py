@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pckernels.backends.feedforward import Bound
 from pckernels.backends.learning import learned
-from pckernels.backends.results import Tensors, Trajectory, diverged, outcome
+from pckernels.backends.results import Tensors, Trajectory, diverged, outcome, relaxation
 from pckernels.backends.state import State
 from pckernels.call import Call, Outcome
 from pckernels.schedule import steps_on, sweep_groups
@@ -33,7 +33,7 @@ class Weights:
         self.tensors: Mapping[str, Tensor] = call.tensors
         moving = bound.learning if call.update is None else ()  # an optimizer moves the module's own, and needs no sum
         self.totals: Tensors = {name: torch.zeros_like(call.tensors[name]) for name in moving}
-        self.readers = [vertex.name for vertex in bound.graph.vertices if vertex.weights]
+        self.readers = [vertex.name for vertex in bound.graph.vertices if vertex.weights or vertex.name in call.extra.error_weights]
 
     def gradients(self, state: State) -> Tensors:
         """dF/dtheta, summed over the batch, of every parameter that learns."""
@@ -79,5 +79,6 @@ def descend_together(bound: Bound, call: Call) -> Outcome:
         trajectory.add()
     energies = trajectory.energies
     who = "a copy of the weights" if call.update is None else "the weights, by the optimizer,"
-    plan = f"incremental, {dynamics.sweep} sweeps, {trajectory.steps} steps of {len(graph.hidden)} value nodes and {who} together"
+    course = f"{dynamics.sweep} sweeps, {trajectory.steps} steps of {len(graph.hidden)} value nodes and {who} together"
+    plan = f"incremental, {course}{relaxation(dynamics)}"
     return outcome(bound, call, start, state, energies, diverged(energies), weights.learnt(), trajectory.history, plan)

@@ -1,4 +1,8 @@
-"""The local update of the reference backend: d F / d theta_i = -(d mu_i / d theta_i)^T eps_i, summed over vertices."""
+"""The local update of the reference backend: d F / d theta_i = -(d mu_i / d theta_i)^T eps_i, summed over vertices.
+
+Backward weights learn what their weights do (the same product of errors and inputs, transposed where they are used), error
+weights by dF/dE_i = -eps_i mu_i^T. Where a vertex has a precision, pi_i eps_i stands for eps_i throughout.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 
 from pckernels.backends.feedforward import Bound, Local, Place, vjp
 from pckernels.call import Call
+from pckernels.graph import feature_axis
 from pckernels.products import outer_products, stacked
 
 
@@ -45,8 +50,20 @@ class LocalUpdates:
                 _accumulate(self.sums, name, result * coefficient if coefficient != 1.0 else result)
 
     def learn(self, local: Local, error: Tensor, coefficient: float = 1.0) -> None:
-        """Let one vertex learn from its error, times `coefficient`."""
+        """Let one vertex learn from its error eps_i, times `coefficient`."""
+        error = self.bound.weighted(local.vertex.name, error)
         self.add(local, vjp(local, error, self.wanted(local)), coefficient)
+        key = self.bound.extra.error_weights.get(local.vertex.name)
+        if key in self.bound.learning:
+            _accumulate(self.sums, key, coefficient * _outer(error, local.mu.detach()))
+
+    def learn_precisions(self, errors: Mapping[str, Tensor], coefficient: float = 1.0) -> None:
+        """Let log pi learn by dF/dlog pi_i = 1/2 pi_i ||eps_i||^2 - 1/2 elements of v_i; an error that is absent is 0."""
+        for name, key in self.bound.extra.log_precisions.items():
+            if key in self.bound.learning:
+                mu = self.bound.mu[name]
+                square = self.bound.whitened(name, errors[name]).square().sum() if name in errors else mu.new_zeros(())
+                _accumulate(self.sums, key, coefficient * 0.5 * (mu.numel() - square).to(self.bound.tensors[key].dtype))
 
     def gradients(self, others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Parameter in the graph -> the sum of its local updates, times -factor: the sign of ordinary PyTorch gradients.
@@ -64,7 +81,7 @@ class LocalUpdates:
             for name in uses.weights:
                 inputs = _joined_once([x for _, x in self.outer[name]], joined)
                 _accumulate(found, name, outer_products(errors, inputs, self.factor))
-        return self._with_zeros(self._through_weight_expressions(found))
+        return self._with_backward_weights(self._with_zeros(self._through_weight_expressions(found)))
 
     def _products_by_error(self) -> list[_Uses]:
         """The weights and biases with the same errors together, as a gate's are: each list of errors is joined once, and let go."""
@@ -80,8 +97,12 @@ class LocalUpdates:
         # A parameter of the graph whose error has not arrived learns nothing, and says so, as loss.backward() would.
         for name in self.bound.learning:
             if name not in found:
-                found[name] = torch.zeros_like(self.bound.sources[name])
+                found[name] = torch.zeros_like(self.bound.tensors[name])
         return found
+
+    def _with_backward_weights(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        learning = {name: key for name, key in self.bound.extra.feedback.items() if key in self.bound.learning}
+        return found | {key: found[name] for name, key in learning.items()}
 
     def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, GradientEdge | None]]]:
         return list(zip(local.vertex.taps, local.taps, strict=True))
@@ -99,7 +120,7 @@ class LocalUpdates:
     def _through_weight_expressions(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """What reached functions of parameters (a slice of a weight, a normalised weight), brought to the parameters."""
         sources = self.bound.sources
-        cast = {name: _like(total, self.bound.weights[name]) for name, total in found.items()}
+        cast = {name: _like(total, self.bound.weights[name]) if name in self.bound.weights else total for name, total in found.items()}
         direct = {name: total for name, total in cast.items() if name not in self.bound.graph.derived}
         behind = [name for name in cast if name not in direct and sources[name].requires_grad]
         parameters = {name: p for name, p in sources.items() if name not in self.bound.graph.derived and p.requires_grad}
@@ -116,6 +137,17 @@ class LocalUpdates:
 class Learnt(Protocol):
     """A state that weights may learn from: predictions, and their errors."""
 
+    @property
+    def locals(self) -> dict[str, Local]: ...
+
+    @property
+    def errors(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Predictions, and errors that need not be of the same moment."""
+
     locals: dict[str, Local]
     errors: dict[str, Tensor]
 
@@ -128,6 +160,7 @@ def learned(bound: Bound, call: Call, *states: Learnt, coefficients: Sequence[fl
     for state, coefficient in zip(states, coefficients, strict=True):
         for name, error in state.errors.items():
             updates.learn(state.locals[name], error, coefficient)
+        updates.learn_precisions(state.errors, coefficient)
     return updates.gradients()
 
 
@@ -154,6 +187,13 @@ def _joined_once(parts: list[Tensor], known: dict[object, Tensor]) -> Tensor:
 
 def _accumulate(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
     totals[name] = totals[name] + value if name in totals else value
+
+
+def _outer(error: Tensor, mu: Tensor) -> Tensor:
+    """The sum over samples (and positions) of error mu^T: (features, features)."""
+    axis = feature_axis(mu.dim())
+    rows = [tensor.movedim(axis, -1).flatten(0, -2) for tensor in (error, mu)]
+    return rows[0].t() @ rows[1]
 
 
 def _like(value: Tensor, weight: Tensor) -> Tensor:

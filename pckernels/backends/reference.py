@@ -17,8 +17,9 @@ from torch import Tensor
 from pckernels.backends.closed_form import sweep
 from pckernels.backends.error_optimization import optimize_errors
 from pckernels.backends.feedforward import Bound, feedback
+from pckernels.backends.halving import HalvedRate
 from pckernels.backends.incremental import descend_together
-from pckernels.backends.learning import LocalUpdates, learned
+from pckernels.backends.learning import Learnt, Lesson, LocalUpdates, learned
 from pckernels.backends.results import (
     Frozen,
     Tensors,
@@ -28,8 +29,10 @@ from pckernels.backends.results import (
     energy,
     feed_forward_outcome,
     outcome,
+    relaxation,
 )
 from pckernels.backends.state import State
+from pckernels.backends.weighted_chain import weighted_sweep
 from pckernels.call import Call, Outcome, Snapshot
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
@@ -50,14 +53,16 @@ def run(call: Call) -> Outcome:
             return relax(Bound(graph, call), call)
         if dynamics.moves == "free_errors":
             return optimize_errors(Bound(graph, call), call)
-        return sweep(call) if dynamics.closed_form else _relax_errors(Bound(graph, call), call)
+        if dynamics.closed_form:
+            return weighted_sweep(Bound(graph, call), call) if call.extra.weighs_errors else sweep(call)
+        return _relax_errors(Bound(graph, call), call)
 
 
 def _relax_values(bound: Bound, call: Call) -> Outcome:
     """Gradient descent of F on the values, once for each nudge; then weights learn from the fresh errors of all."""
     nudges = call.dynamics.nudges
     phases = [_descend(bound, call, beta) for beta in nudges]
-    gradients = learned(bound, call, *[phase.state for phase in phases], coefficients=[1.0 / (beta * len(nudges)) for beta in nudges])
+    gradients = learned(bound, call, *[phase.taught for phase in phases], coefficients=[1.0 / (beta * len(nudges)) for beta in nudges])
     outcomes = [phase.outcome(call) for phase in phases]
     good = torch.stack([each.good for each in outcomes]).all()
     return replace(outcomes[0], gradients=gradients, good=good, complaint=lambda: _first_bad(outcomes).complaint())
@@ -69,17 +74,18 @@ def _first_bad(outcomes: list[Outcome]) -> Outcome:
 
 @dataclass(frozen=True)
 class _Phase:
-    """One relaxation: its losses at the start, its last state, and its course."""
+    """One relaxation: its losses at the start, its last state, its course, and what weights learn from."""
 
     start: Tensor
     state: State
     trajectory: Trajectory
+    taught: Learnt
 
     def outcome(self, call: Call) -> Outcome:
         dynamics, bound, energies = call.dynamics, self.state.bound, self.trajectory.energies
         nudged = f"nudged by {' and '.join(f'{beta:+g}' for beta in dynamics.nudges)}, " if dynamics.is_nudged else ""
         course = f"{dynamics.sweep} sweeps, {self.trajectory.steps} steps over {len(bound.graph.hidden)} value nodes"
-        plan = f"strict dynamics, {nudged}{course}"
+        plan = f"strict dynamics, {nudged}{course}{relaxation(dynamics)}"
         return outcome(bound, call, self.start, self.state, energies, diverged(energies), {}, self.trajectory.history, plan)
 
 
@@ -91,12 +97,16 @@ def _descend(bound: Bound, call: Call, beta: float) -> _Phase:
     start, trajectory = state.losses, Trajectory(state, call.record)
     groups = sweep_groups(graph, dynamics.sweep)
     resting = Resting(graph, dynamics.tolerance, start) if dynamics.tolerance is not None else None
+    rate = HalvedRate(state, dynamics.rate, dynamics.halving) if dynamics.halving is not None else None
+    errors = state.errors
     for _ in range(steps_on(graph, dynamics.steps)):
-        moves = [state.move(group, dynamics.rate, dynamics.momentum, resting.mask if resting else None) for group in groups]
+        errors = dict(state.errors) if dynamics.stale_errors else errors
+        size = rate.rate if rate else dynamics.rate
+        moves = [state.move(group, size, dynamics.momentum, resting.mask if resting else None) for group in groups]
         trajectory.add()
-        if resting and resting.after(moves):
+        if (resting and resting.after(moves)) or (rate and rate.after()):
             break
-    return _Phase(start, state, trajectory)
+    return _Phase(start, state, trajectory, Lesson(state.locals, errors))
 
 
 class Resting:
@@ -136,6 +146,7 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
     graph, original = bound.graph, call.trace.graph
     updates = LocalUpdates(bound, call.factor)
     arrived: Tensors = {}
+    values: Tensors = {}
     energies: list[Tensor] = []
     history: list[Snapshot] | None = [] if call.record else None
     for step in range(graph.depth + 1):
@@ -143,24 +154,25 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
             state.move([vertex.name for vertex in graph.hidden], call.dynamics.rate, 0.0)
         for vertex in graph.vertices:
             if vertex.distance == step and vertex.name in state.errors:
-                arrived[vertex.name] = state.errors[vertex.name]
+                arrived[vertex.name], values[vertex.name] = state.errors[vertex.name], state.value(vertex.name)
                 if call.learn:
                     updates.learn(state.locals[vertex.name], state.errors[vertex.name])
         energies.append(energy(start, [error for name, error in arrived.items() if name in original and name not in graph.outputs]))
         if history is not None:
-            history.append(Frozen(bound, dict(arrived)).snapshot(original))
-    plan = f"literal zero-divergence dynamics, {graph.depth} steps, {len(graph) - len(original)} identity vertices"
-    return outcome(
-        bound, call, start, Frozen(bound, arrived), torch.stack(energies), None, updates.gradients() if call.learn else {}, history, plan
+            history.append(Frozen(bound, dict(arrived), dict(values)).snapshot(original))
+    plan = (
+        f"literal zero-divergence dynamics, {graph.depth} steps, {len(graph) - len(original)} identity vertices{relaxation(call.dynamics)}"
     )
+    gradients = updates.gradients() if call.learn else {}
+    return outcome(bound, call, start, Frozen(bound, arrived, values), torch.stack(energies), None, gradients, history, plan)
 
 
 def _step(frozen: Frozen, names: list[str], rate: float) -> None:
-    """eps_i <- (1 - rate) eps_i + rate * sum over children of J_j^T eps_j, all at once."""
+    """eps_i <- (1 - rate pi_i) eps_i + rate * sum over children of J_j^T pi_j eps_j, all at once."""
     bound, errors = frozen.bound, frozen.errors
-    new = {name: (1.0 - rate) * errors[name] for name in names if name in errors}
+    new = {name: (1.0 - rate * bound.precisions.get(name, 1.0)) * errors[name] for name in names if name in errors}
     for child in dict.fromkeys(child for name in names for child in bound.graph.children[name] if child in errors):
-        for name, part in feedback(bound.locals[child], errors[child], names).items():
+        for name, part in feedback(bound.locals[child], bound.weighted(child, errors[child]), names).items():
             new[name] = new[name] + rate * part if name in new else rate * part
     errors.update(new)
 
@@ -169,18 +181,20 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
     dynamics, graph = call.dynamics, bound.graph
     assert call.objective is not None
     losses, errors = call.objective({name: bound.mu[name] for name in graph.outputs})
-    frozen = Frozen(bound, errors)
+    frozen = Frozen(bound, errors | bound.unrest())
+    errors = frozen.errors
     steps = steps_on(graph, dynamics.steps)
-    squares = [losses.sum() for _ in range(steps + 1)]
+    squares = [losses.sum() + bound.log_volume(losses) for _ in range(steps + 1)]
+    squares[0] = energy(squares[0], [bound.whitened(name, error) for name, error in bound.unrest().items()])
     states: list[Tensors] = [dict(errors) for _ in range(steps + 1)]
     for group in error_groups(graph, dynamics):
         for t in range(1, steps + 1):
             _step(frozen, group, dynamics.rate)
-            squares[t] = energy(squares[t], [frozen.errors[name] for name in group if name in frozen.errors])
+            squares[t] = energy(squares[t], [bound.whitened(name, frozen.errors[name]) for name in group if name in frozen.errors])
             if call.record:
                 states[t].update({name: frozen.errors[name] for name in group if name in frozen.errors})
     gradients = learned(bound, call, frozen)
     history = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
     order = "one time step after the other, " if dynamics.nested else ""
-    plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes"
+    plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes{relaxation(dynamics)}"
     return outcome(bound, call, losses, frozen, torch.stack(squares), None, gradients, history, plan)

@@ -27,7 +27,7 @@ class Relaxed(Protocol):
 
 
 def energy(losses: Tensor, errors: Iterable[Tensor]) -> Tensor:
-    """F = sum of 1/2 ||eps_i||^2 over hidden vertices (precision 1), plus the loss, over the whole batch."""
+    """F = sum of 1/2 ||eps_i||^2 over hidden vertices (errors times the root of their precision), plus the loss, over the whole batch."""
     total = losses.sum()
     for error in errors:
         total = total + 0.5 * error.square().sum(dtype=losses.dtype)
@@ -40,15 +40,17 @@ def full_errors(bound: Bound, errors: Mapping[str, Tensor]) -> Tensors:
 
 
 class Frozen:
-    """Errors over the predictions of the feed-forward pass."""
+    """Errors over the predictions of the feed-forward pass; `values`: those that are known otherwise."""
 
-    def __init__(self, bound: Bound, errors: Tensors):
-        self.bound, self.locals, self.errors = bound, bound.locals, errors
+    def __init__(self, bound: Bound, errors: Tensors, values: Tensors | None = None):
+        self.bound, self.locals, self.errors, self.values = bound, bound.locals, errors, values or {}
 
     def value(self, name: str) -> Tensor:
-        """v_i = mu_i + eps_i; of an output its prediction."""
+        """v_i = E_i mu_i + eps_i; of an output its prediction."""
         mu = self.bound.mu[name]
-        return mu + self.errors[name] if name in self.errors and name not in self.bound.graph.outputs else mu
+        if name in self.values or name not in self.errors or name in self.bound.graph.outputs:
+            return self.values.get(name, mu)
+        return self.bound.expected(name, mu) + self.errors[name]
 
     def snapshot(self, graph: ComputationGraph) -> Snapshot:
         """Values and errors of a graph's vertices."""
@@ -161,6 +163,15 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
         return next(outcome for outcome in outcomes if not bool(outcome.good)).complaint()
 
     return replace(outcomes[0], gradients=gradients, good=good, complaint=complain)
+
+
+def relaxation(dynamics: Dynamics) -> str:
+    """In words, what a rule relaxes of backprop's constraints."""
+    feedback = f", {dynamics.feedback} feedback" if dynamics.feedback != "symmetric" else ""
+    derivative = "" if dynamics.derivative else ", no f' on the way back"
+    literal = " (so no closed form)" if dynamics.moves == "errors" or dynamics.learn_on_arrival else ""
+    mixed = f", {dynamics.error_weights} error weights{literal}" if dynamics.has_error_weights else ""
+    return feedback + derivative + mixed
 
 
 def bound_updates(bound: Bound, call: Call) -> Tensors:

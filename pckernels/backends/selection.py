@@ -110,7 +110,13 @@ def refusal(call: Call) -> str | None:
     if call.record:
         return "record=True keeps every step, which only the reference does"
     if call.objective is not None and not (isinstance(call.objective, Target) and isinstance(call.objective.loss, str)):
-        return "a loss of one's own is a PyTorch function, which runs in the reference alone"
+        return "a loss of one's own, or as another code has it (match=), is a PyTorch function, which runs in the reference alone"
+    if call.objective is not None and (call.dynamics.stale_errors or call.dynamics.halving is not None):
+        return "match= follows another code's ways, which only the reference knows"
+    if call.objective is not None and (call.dynamics.has_own_feedback or call.dynamics.has_error_weights):
+        return "a relaxed rule brings errors back, or compares values, by weights of its own, which only the reference does"
+    if call.objective is not None and call.extra.weighs_errors:
+        return "a vertex has a precision other than 1, which only the reference knows"
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     code = code_of(call)

@@ -38,8 +38,9 @@ class Moving:
         return velocity
 
     def energy(self) -> Tensor:
-        """F: half the squared hidden errors, and beta times the loss, summed over the batch."""
-        return energy(self.beta * self.losses, [error for name, error in self.errors.items() if name not in self.graph.outputs])
+        """F: half the squared hidden errors times their precisions, and beta times the loss, summed over the batch."""
+        hidden = [self.bound.whitened(name, error) for name, error in self.errors.items() if name not in self.graph.outputs]
+        return energy(self.beta * self.losses, hidden) + self.bound.log_volume(self.losses)
 
     def snapshot(self) -> Snapshot:
         names = [vertex.name for vertex in self.graph.vertices]
@@ -53,6 +54,7 @@ class State(Moving):
     def __init__(self, bound: Bound, objective: Objective, beta: float = 1.0):
         super().__init__(bound, objective, beta)
         self.displacements: Tensors = {}
+        self.errors.update(bound.unrest())
 
     def value(self, name: str) -> Tensor:
         """v_i; of an output, which has no free value, its prediction."""
@@ -67,11 +69,11 @@ class State(Moving):
         self.refresh(values)
 
     def drives(self, names: Iterable[str]) -> Tensors:
-        """-eps_i + sum over children of (d mu_j / d v_i)^T eps_j, which is -dF/dv_i (precision 1), for each vertex of a group."""
+        """-pi_i eps_i + sum over children of (d mu_j / d v_i)^T pi_j eps_j, which is -dF/dv_i, for each vertex of a group."""
         wanted = list(names)
-        totals = {name: -self.errors[name] for name in wanted if name in self.errors}
+        totals = {name: -self.bound.weighted(name, self.errors[name]) for name in wanted if name in self.errors}
         for child in dict.fromkeys(child for name in wanted for child in self.graph.children[name] if child in self.errors):
-            for name, part in feedback(self.locals[child], self.errors[child], wanted).items():
+            for name, part in feedback(self.locals[child], self.bound.weighted(child, self.errors[child]), wanted).items():
                 totals[name] = totals[name] + part if name in totals else part
         return totals
 
@@ -105,5 +107,7 @@ class State(Moving):
             self.observe()
 
     def _error(self, name: str) -> Tensor:
+        if name in self.bound.error_weights:
+            return self.value(name) - self.bound.expected(name, self.locals[name].mu.detach())
         change = self.locals[name].mu.detach() - self.bound.mu[name]
         return self.displacements[name] - change if name in self.displacements else -change

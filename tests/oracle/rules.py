@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,8 +19,9 @@ def nudged(loop: StrictLoop, betas: Sequence[float], steps: int, rate: float, **
     loss, error = loop.loss
     runs = []
     for beta in betas:
-        scaled = (lambda mu, y, b=beta: b * loss(mu, y)), (lambda mu, y, b=beta: b * error(mu, y))
-        runs.append(StrictLoop(loop.clamped, loop.vertices, loop.target, scaled).run(steps, rate, **options))
+        pulled = copy.copy(loop)
+        pulled.loss = (lambda mu, y, b=beta: b * loss(mu, y)), (lambda mu, y, b=beta: b * error(mu, y))
+        runs.append(pulled.run(steps, rate, **options))
     mean = {name: sum(run.gradients[name] / beta for run, beta in zip(runs, betas, strict=True)) / len(betas) for name in runs[0].gradients}
     return replace(runs[0], gradients=mean)
 
@@ -28,7 +30,7 @@ def incremental(
     loop: StrictLoop, steps: int, rate: float, weight_rate: float, momentum: float = 0.0, sweep: str = "jacobi"
 ) -> tuple[Trajectory, Arrays]:
     """Values and weights from the same old state at every step: the trajectory, with the sum of the gradients; and the last weights."""
-    theta = {name: array for u in loop.vertices for name, array in u.function.parameters().items()}
+    theta = loop.theta
     before = {name: array.copy() for name, array in theta.items()}
     v = loop._feed_forward()
     velocity = {u.name: np.zeros_like(v[u.name]) for u in loop.hidden}
@@ -64,7 +66,7 @@ def error_optimization(loop: StrictLoop, steps: int, rate: float, momentum: floa
         energies.append(loop._energy(eps, mu))
         for group in loop._groups(sweep) if t < steps else ():
             delta = total_deltas(loop, *follow(loop, eps))
-            velocity |= {name: momentum * velocity[name] - (eps[name] - delta[name]) for name in group}
+            velocity |= {name: momentum * velocity[name] - (loop._weighted(eps)[name] - delta[name]) for name in group}
             eps = eps | {name: eps[name] + rate * velocity[name] for name in group}
     return Trajectory(values, errors, energies, loop._learn(v, errors[-1]))
 
@@ -83,8 +85,7 @@ def total_deltas(loop: StrictLoop, v: Arrays, mu: Arrays) -> Arrays:
     delta = {u.name: np.zeros_like(mu[u.name]) for u in loop.vertices}
     delta[loop.output.name] = loop.loss[1](mu[loop.output.name], loop.target)
     for u in reversed(loop.vertices):
-        to_parents, _ = u.function.pull_back([v[p] for p in u.parents], delta[u.name])
-        for parent, g in zip(u.parents, to_parents, strict=True):
+        for parent, g in zip(u.parents, loop._to_parents(u, v, delta[u.name]), strict=True):
             if parent in delta:
                 delta[parent] = delta[parent] + g
     return delta

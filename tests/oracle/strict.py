@@ -82,15 +82,15 @@ class StrictLoop:
         for group in groups:
             for _ in range(steps):
                 feedback = self._feedback(v, eps)
-                eps |= {name: eps[name] + rate * (feedback[name] - eps[name]) for name in group}
+                eps |= {name: eps[name] + rate * (feedback[name] - self._weighted(eps)[name]) for name in group}
         return eps, self._learn(v, eps)
 
     def _sweep(self, v: dict[str, Array], velocity: dict[str, Array], rate: float, momentum: float, sweep: str) -> None:
         for group in self._groups(sweep):
             eps = self._errors(v, self._predict(v))
-            feedback = self._feedback(v, eps)
+            feedback, pull = self._feedback(v, eps), self._weighted(eps)
             for name in group:
-                velocity[name] = momentum * velocity[name] - eps[name] + feedback[name]
+                velocity[name] = momentum * velocity[name] - pull[name] + feedback[name]
             for name in group:
                 v[name] = v[name] + rate * velocity[name]
 
@@ -116,21 +116,37 @@ class StrictLoop:
         eps[self.output.name] = self.loss[1](mu[self.output.name], self.target)
         return eps
 
+    def _weighted(self, eps: dict[str, Array]) -> dict[str, Array]:
+        """pi_i eps_i."""
+        return eps
+
     def _energy(self, eps: dict[str, Array], mu: dict[str, Array]) -> float:
-        return sum(0.5 * float((eps[u.name] ** 2).sum()) for u in self.hidden) + self.loss[0](mu[self.output.name], self.target)
+        pulls = self._weighted(eps)
+        hidden = sum(0.5 * float((eps[u.name] * pulls[u.name]).sum()) for u in self.hidden)
+        return hidden + self.loss[0](mu[self.output.name], self.target)
 
     def _feedback(self, v: dict[str, Array], eps: dict[str, Array]) -> dict[str, Array]:
-        """sum over children j of (d mu_j / d v_i)^T eps_j, for every vertex i."""
+        """sum over children j of (d mu_j / d v_i)^T pi_j eps_j, for every vertex i."""
         total = {u.name: np.zeros_like(eps[u.name]) for u in self.hidden}
+        eps = self._weighted(eps)
         for child in self.vertices:
-            to_parents, _ = child.function.pull_back([v[p] for p in child.parents], eps[child.name])
-            for parent, g in zip(child.parents, to_parents, strict=True):
+            for parent, g in zip(child.parents, self._to_parents(child, v, eps[child.name]), strict=True):
                 if parent in total:
                     total[parent] = total[parent] + g
         return total
 
+    def _to_parents(self, u: Vertex, v: dict[str, Array], g: Array) -> list[Array]:
+        """(d mu / d parent)^T g for every parent."""
+        return u.function.pull_back([v[p] for p in u.parents], g)[0]
+
+    @property
+    def theta(self) -> dict[str, Array]:
+        """What learns, by name; what is written into these arrays is what the loop computes with."""
+        return {name: array for u in self.vertices for name, array in u.function.parameters().items()}
+
     def _learn(self, v: dict[str, Array], eps: dict[str, Array]) -> Gradients:
         gradients: Gradients = {}
+        eps = self._weighted(eps)
         for u in self.vertices:
             _, mine = u.function.pull_back([v[p] for p in u.parents], eps[u.name])
             accumulate(gradients, {name: -g for name, g in mine.items()})

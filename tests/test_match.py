@@ -1,0 +1,241 @@
+"""`match=` against the codes' own equations, written down here in float64; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pckernels as pck
+
+Array = np.ndarray
+
+
+def blocks(batch: int = 5) -> tuple[nn.Sequential, Tensor, Tensor]:
+    torch.manual_seed(0)
+    sizes = (4, 7, 6, 5, 3)
+    layers = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise(sizes[:-1])]
+    module = nn.Sequential(*layers, nn.Linear(*sizes[-2:])).double()
+    return module, torch.randn(batch, 4).double(), torch.randn(batch, 3).double()
+
+
+def network(module: nn.Module, rule: pck.rules.Rule, **options: object) -> pck.PCNetwork:
+    names = [str(k) for k in range(len(module))]
+    return pck.PCNetwork(module, rule, value_nodes=names, **options)
+
+
+# Torch2PC: eps = prediction - value
+
+
+def pull(layer: nn.Module, v: Tensor, eps: Tensor) -> Tensor:
+    return torch.autograd.functional.vjp(layer, v, eps)[1]
+
+
+def taught(module: nn.Sequential, v: list[Tensor], eps: list[Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for k, layer in enumerate(module):
+        grads = torch.autograd.grad(layer(v[k].detach()), list(layer.parameters()), eps[k + 1])
+        found |= {f"{k}.{name}": g for (name, _), g in zip(layer.named_parameters(), grads, strict=True)}
+    return found
+
+
+def forward(module: nn.Sequential, x: Tensor) -> list[Tensor]:
+    v = [x]
+    for layer in module:
+        v.append(layer(v[-1]).detach())
+    return v
+
+
+def output_error(loss: Callable[[Tensor], Tensor], mu: Tensor) -> Tensor:
+    leaf = mu.detach().requires_grad_()
+    return torch.autograd.grad(loss(leaf), leaf)[0]
+
+
+def torch2pc_fixed(module: nn.Sequential, x: Tensor, loss: Callable[[Tensor], Tensor], rate: float, steps: int) -> dict[str, Tensor]:
+    mu = forward(module, x)
+    v, eps = list(mu), [torch.zeros_like(each) for each in mu]
+    eps[-1] = output_error(loss, mu[-1])
+    for _ in range(steps):
+        for k in reversed(range(1, len(module))):
+            eps[k] = mu[k] - v[k]
+            v[k] = v[k] + rate * (eps[k] - pull(module[k], mu[k], eps[k + 1]))
+    return taught(module, mu, eps)
+
+
+def torch2pc_strict(module: nn.Sequential, x: Tensor, loss: Callable[[Tensor], Tensor], rate: float, steps: int) -> dict[str, Tensor]:
+    v = forward(module, x)
+    eps = [torch.zeros_like(each) for each in v]
+    for _ in range(steps):
+        eps[-1] = output_error(loss, module[-1](v[-2]))
+        for k in reversed(range(1, len(module))):
+            eps[k] = module[k - 1](v[k - 1]).detach() - v[k]
+            v[k] = v[k] + rate * (eps[k] - pull(module[k], v[k], eps[k + 1]))
+    return taught(module, v, eps)
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("kind", ["strict", "closed_form", "iterate"])
+@pytest.mark.parametrize(("name", "reduction"), [("squared_error", "mean"), ("squared_error", "sum"), ("cross_entropy", "mean")])
+def test_torch2pc(name: str, kind: str, steps: int, reduction: str) -> None:
+    module, x, y = blocks()
+    target = y if name == "squared_error" else torch.tensor([0, 2, 1, 1, 0])
+
+    def loss(mu: Tensor) -> Tensor:
+        each = 0.5 * (mu - y).square().sum(1) if name == "squared_error" else nn.functional.cross_entropy(mu, target, reduction="none")
+        return getattr(each, reduction)()
+
+    rule = pck.Strict(steps, 0.3) if kind == "strict" else pck.FixedPrediction(steps, 0.3, kind)
+    expected = (torch2pc_strict if kind == "strict" else torch2pc_fixed)(module, x, loss, 0.3, steps)
+    found = network(module, rule, loss=name, reduction=reduction, match="torch2pc")
+    inference = found.backward(x, target)
+    for key, p in found.module.named_parameters():
+        assert torch.allclose(p.grad, expected[key], rtol=1e-11, atol=1e-15), key
+    assert inference.loss.item() == pytest.approx(loss(module(x)).item(), rel=1e-12)
+    plain = network(module, rule, loss=name, reduction=reduction)
+    plain.zero_grad()
+    plain.backward(x, target)
+    assert not torch.allclose(module[2][0].weight.grad, expected["2.0.weight"], rtol=1e-6)
+
+
+# PCX: the output is clamped to u + beta (y - u)
+
+
+def pcx(module: nn.Sequential, x: Tensor, y: Tensor, rate: float, steps: int, momentum: float, beta: float) -> dict[str, Tensor]:
+    h = forward(module, x)
+    h[-1] = h[-1] - beta * (h[-1] - y)
+    trace = [torch.zeros_like(each) for each in h]
+    for t in range(steps + 1):
+        free = [each.detach().requires_grad_() for each in h[1:-1]]
+        values = [x, *free, h[-1]]
+        energy = sum(0.5 * (values[k + 1] - layer(values[k])).square().sum() for k, layer in enumerate(module))
+        if t == steps:
+            break
+        for k, gradient in enumerate(torch.autograd.grad(energy, free), 1):
+            trace[k] = gradient + momentum * trace[k]
+            h[k] = h[k] - rate * trace[k]
+    scale = (1.0 / beta if beta < 0 else 1.0) / len(x)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    return {name: scale * g for name, g in zip(names, torch.autograd.grad(energy, parameters), strict=True)}
+
+
+@pytest.mark.parametrize("beta", [None, 0.3, -0.2])
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_pcx(steps: int, beta: float | None) -> None:
+    module, x, y = blocks()
+    found = network(module, pck.Strict(steps, 0.1, momentum=0.4, nudge=beta), match="pcx")
+    inference = found.backward(x, y)
+    expected = pcx(module, x, y, 0.1, steps, 0.4, beta or 1.0)
+    for key, p in module.named_parameters():
+        assert torch.allclose(p.grad, expected[key], rtol=1e-11, atol=1e-15), key
+    assert inference.loss.item() == pytest.approx(0.5 * (module(x) - y).square().sum(1).mean().item(), rel=1e-12)
+    if beta is not None and steps == 7:
+        weighed = network(module, pck.Strict(steps, 0.1, momentum=0.4, nudge=beta))
+        weighed.zero_grad()
+        weighed.backward(x, y)
+        assert not torch.allclose(module[0][0].weight.grad, expected["0.0.weight"], rtol=1e-3)
+
+
+# Whittington & Bogacz: samples are columns, F has no 1/2 and the other sign
+
+
+def logistic(x: Array) -> Array:
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def whittington(
+    weights: list[Array], biases: list[Array], x: Array, y: Array, rate: float, most: int, applied: str
+) -> tuple[list[Array], int, float]:
+    """-dF/dW of each layer, how many steps it took, and the last rate. `applied`: f after the weights ("bp"), or before ("bio")."""
+    before = (lambda v: v) if applied == "bp" else logistic
+    after = logistic if applied == "bp" else (lambda v: v)
+    slope = lambda v: logistic(v) * (1.0 - logistic(v))  # noqa: E731
+    count = len(weights) + 1
+    v = [x]
+    for w, b in zip(weights, biases, strict=True):
+        v.append(after(w @ before(v[-1]) + b[:, None]))
+    v[-1] = y
+
+    def errors() -> tuple[list[Array], list[Array], Array]:
+        u = [w @ before(v[k]) + b[:, None] for k, (w, b) in enumerate(zip(weights, biases, strict=True))]
+        e = [np.zeros_like(x)] + [v[k + 1] - after(u[k]) for k in range(count - 1)]
+        return u, e, -sum((each**2).sum(0) for each in e)
+
+    u, e, last = errors()
+    condition = 1e-6 / sum(len(each) for each in v[1:])
+    step = 0
+    for step in range(1, most + 1):  # noqa: B007
+        stop = condition * rate
+        if applied == "bp":
+            g = [weights[k].T @ (e[k + 1] * slope(u[k])) for k in range(1, count - 1)]
+        else:
+            g = [(weights[k].T @ e[k + 1]) * slope(v[k]) for k in range(1, count - 1)]
+        for k in range(1, count - 1):
+            v[k] = v[k] + rate * (-e[k] + g[k - 1])
+        u, e, now = errors()
+        change, last = now - last, now
+        if (change < 0).any():
+            rate /= 2
+        elif change.mean() < stop:
+            break
+    samples = x.shape[1]
+    if applied == "bp":
+        learned = [(e[k + 1] * slope(u[k])) @ v[k].T / samples for k in range(count - 1)]
+    else:
+        learned = [e[k + 1] @ logistic(v[k]).T / samples for k in range(count - 1)]
+    return learned, step, rate
+
+
+def logistic_net(applied: str) -> tuple[nn.Sequential, Tensor, Tensor]:
+    torch.manual_seed(0)
+    order = (lambda a, b: [nn.Linear(a, b), nn.Sigmoid()]) if applied == "bp" else (lambda a, b: [nn.Sigmoid(), nn.Linear(a, b)])
+    module = nn.Sequential(*(nn.Sequential(*order(a, b)) for a, b in pairwise((4, 7, 6, 3)))).double()
+    for p in module.parameters():
+        p.data.mul_(4.0)
+    return module, torch.randn(6, 4).double(), torch.rand(6, 3).double()
+
+
+@pytest.mark.parametrize(("rate", "most", "halved", "stopped"), [(0.1, 30, False, False), (2.5, 12, True, False), (0.6, 600, False, True)])
+@pytest.mark.parametrize("applied", ["bp", "bio"])
+def test_whittington2017(applied: str, rate: float, most: int, halved: bool, stopped: bool) -> None:
+    module, x, y = logistic_net(applied)
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    arrays = [[getattr(layer, kind).detach().numpy() for layer in linear] for kind in ("weight", "bias")]
+    learned, steps, last = whittington(*arrays, x.numpy().T, y.numpy().T, rate, most, applied)
+    assert (last < rate, steps < most) == (halved, stopped)
+    found = network(module, pck.Strict(most, rate), match="whittington2017")
+    inference = found.backward(x, y)
+    assert len(inference.energy) == steps + 1
+    for layer, expected in zip(linear, learned, strict=True):
+        assert np.allclose(layer.weight.grad.numpy(), -expected, rtol=1e-9, atol=1e-14)
+
+
+BAD = [
+    ({"match": "jpc"}, pck.Strict(3, 0.1), ValueError, "match must be one of 'torch2pc'"),
+    ({"match": 3}, pck.Strict(3, 0.1), TypeError, "match must be a str"),
+    ({"match": "torch2pc"}, pck.ZeroDivergence(), ValueError, "that has Strict and FixedPrediction, and not ZeroDivergence"),
+    ({"match": "pcx"}, pck.FixedPrediction(3, 0.1), ValueError, "that has Strict, and not FixedPrediction"),
+    ({"match": "pcx", "loss": "cross_entropy"}, pck.Strict(3, 0.1), ValueError, "outputs are clamped to targets"),
+    ({"match": "pcx"}, pck.Strict(3, 0.1, nudge=("centered", 0.1)), ValueError, "in turn, from one batch to the next"),
+    ({"match": "torch2pc"}, pck.Strict(3, 0.1, momentum=0.5), ValueError, "has no momentum, sweep"),
+    ({"match": "whittington2017"}, pck.Strict(3, 0.1, sweep="top_down"), ValueError, "has no momentum, sweep"),
+    ({"match": "torch2pc"}, pck.FixedPrediction(0, 0.1), ValueError, "takes at least one step"),
+]
+
+
+@pytest.mark.parametrize(("options", "rule", "error", "words"), BAD)
+def test_what_the_codes_do_not_have_is_refused_in_a_sentence(options, rule, error, words) -> None:
+    with pytest.raises(error, match=words):
+        network(blocks()[0], rule, **options)
+
+
+def test_the_engines_leave_it_to_the_reference() -> None:
+    module, x, y = blocks()
+    module, x, y = module.float(), x.float(), y.float()
+    for match in ("torch2pc", "whittington2017", "pcx"):
+        rule = pck.Strict(3, 0.1, nudge=0.5 if match == "pcx" else None)
+        inference = network(module, rule, match=match).infer(x, y)
+        assert inference.backend == "reference" and "match=" in inference.plan, match
