@@ -10,7 +10,7 @@ INTERPRETED := tests/test_triton_kernels.py tests/test_triton_chain.py tests/tes
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: demo test test-triton lint format clean
+.PHONY: demo test test-triton bench bench-micro lint format clean
 
 demo: $(STAMP)
 	$(RUN) -m pckernels train cnn --learner both --epochs 30 --out $(OUT) --overwrite
@@ -28,6 +28,14 @@ test-triton: $(STAMP)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[triton]'
 	$(RUN) -m pytest tests/test_triton_build.py
 	TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
+
+# Minutes; the report is out/bench/report.html.
+bench: $(STAMP)
+	$(RUN) -m pckernels bench --suite quick --out $(OUT)/bench
+
+# Single kernels and the cost of a call, by pytest-benchmark.
+bench-micro: $(STAMP)
+	$(RUN) -m pytest bench/micro.py --benchmark-columns=min,median,iqr,rounds
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
