@@ -13,7 +13,7 @@ INTERPRET = TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: demo test test-triton lint format clean
+.PHONY: demo test test-triton bench bench-micro lint format clean
 
 demo: $(STAMP)
 	$(RUN) -m pckernels train cnn --learner both --epochs 30 --out $(OUT) --overwrite
@@ -31,6 +31,14 @@ test: lint
 test-triton: $(STAMP)
 	$(RUN) -m pytest $(COMPILED)
 	$(INTERPRET)
+
+# Minutes; the report is out/bench/report.html.
+bench: $(STAMP)
+	$(RUN) -m pckernels bench --suite quick --out $(OUT)/bench
+
+# Single kernels and the cost of a call, by pytest-benchmark.
+bench-micro: $(STAMP)
+	$(RUN) -m pytest bench/micro.py --benchmark-columns=min,median,iqr,rounds
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -15,7 +15,19 @@ ROOT = Path(__file__).parent
 TRITON = "triton_kernels"  # installed as pckernels.triton: a top-level name would shadow another project's package
 
 CLI = ["matplotlib>=3.8", "pillow>=10", "scikit-learn>=1.4"]
-DEV = ["hypothesis>=6.100", "mypy>=1.13", "pybind11>=2.12", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.8"]
+BENCH = ["jinja2>=3.1", "matplotlib>=3.8"]
+# pcx asks for jax < 0.5 and fabricpc for jax >= 0.7: pcx needs an environment of its own, which `pckernels bench --peer` names.
+PEERS = ['fabricpc>=0.6; python_version >= "3.11"']
+DEV = [
+    "hypothesis>=6.100",
+    "mypy>=1.13",
+    "pybind11>=2.12",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.5",
+    "ruff>=0.8",
+]
 # PyTorch for CUDA brings Triton along; PyTorch for the CPU does not.
 TRITON_KERNELS = ['triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"']
 
@@ -102,11 +114,11 @@ setup(
     license="MIT",
     packages=packages,
     package_dir=package_dir,
-    package_data={"pckernels": ["py.typed"], "pckernels.triton": ["budget.json"]},
+    package_data={"pckernels": ["py.typed"], "pckernels.benchmarks": ["page.html"], "pckernels.triton": ["budget.json"]},
     ext_modules=[Extension("pckernels._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     python_requires=">=3.10",
     install_requires=["torch>=2.7", "numpy", "tqdm"],
-    extras_require={"cli": CLI, "triton": TRITON_KERNELS, "dev": CLI + DEV + TRITON_KERNELS},
+    extras_require={"cli": CLI, "bench": BENCH, "peers": PEERS, "triton": TRITON_KERNELS, "dev": CLI + BENCH + DEV + TRITON_KERNELS},
     entry_points={"console_scripts": ["pckernels = pckernels.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""The command line: `pckernels info | verify | train`, or `python -m pckernels ...`.
+"""The command line: `pckernels info | verify | train | bench`, or `python -m pckernels ...`.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> exit code`, imported when it is called for.
 Exit codes: 0 good, 1 a check failed or a relaxation diverged, 2 bad arguments.
@@ -16,8 +16,9 @@ COMMANDS = {
     "info": "versions, and which backends are available and why",
     "verify": "check the gradients of every rule against autograd, and their convergence against theory",
     "train": "train a network by predictive coding, by backprop, or by both",
+    "bench": "time predictive coding beside backprop, loops by hand and other libraries, after checking their numbers",
 }
-EXTRAS = {"matplotlib", "PIL", "sklearn", "tqdm"}
+EXTRAS = {"matplotlib": "cli", "PIL": "cli", "sklearn": "cli", "tqdm": "cli", "jinja2": "bench"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,8 +51,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def _missing(error: ImportError) -> str:
-    if error.name and error.name.split(".")[0] in EXTRAS:
-        return f"this command needs {error.name.split('.')[0]}: pip install 'pckernels[cli]'."
+    name = (error.name or "").split(".")[0]
+    if name in EXTRAS:
+        return f"this command needs {name}: pip install 'pckernels[{EXTRAS[name]}]'."
     raise error
 
 

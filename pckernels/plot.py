@@ -23,7 +23,7 @@ def curves(tables: Mapping[str, str | Path], path: str | Path, title: str = "") 
         FileNotFoundError, ValueError: a CSV is missing, or is not one that training wrote.
     """
     rows = {name: read_metrics(table) for name, table in tables.items()}
-    figure = _figure(12, 3.6)
+    figure = blank_figure(12, 3.6)
     panels = figure.subplots(1, 3)
     for (name, metrics), style in zip(rows.items(), _styles(), strict=False):
         _draw_training(panels[0], name, metrics, style)
@@ -55,7 +55,7 @@ def convergence(
         ValueError: a list is not as long as `steps`, or `measured` is empty.
     """
     _require_lengths(steps, measured, predicted)
-    figure = _figure(7.5, 5)
+    figure = blank_figure(7.5, 5)
     axes = figure.subplots()
     for index, name in enumerate(measured):
         _draw_vertex(axes, steps, name, index, measured, predicted)
@@ -129,7 +129,12 @@ def _styles() -> list[dict[str, object]]:
     return [{"linewidth": 4, "alpha": 0.4}, {"linewidth": 1.4, "linestyle": "--"}]
 
 
-def _figure(width: float, height: float):  # type: ignore[no-untyped-def]
+def blank_figure(width: float, height: float):  # type: ignore[no-untyped-def]
+    """A figure of so many inches that no window system and no pyplot knows of.
+
+    Raises:
+        Unsupported: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -81,7 +81,7 @@ def test_the_build_names_no_host(name: str) -> None:
 
 def test_ci_pins_what_the_extras_ask_for() -> None:
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
-    lists = "\n".join(re.findall(r"(?:CLI|DEV|TRITON_KERNELS|install_requires) ?= ?\[.*?\]", _setup()))
+    lists = "\n".join(re.findall(r"(?:CLI|BENCH|DEV|TRITON_KERNELS|install_requires) ?= ?\[.*?\]", _setup(), flags=re.DOTALL))
     asked = set(re.findall(r"[\"']([\w-]+)(?:>=[\d.]+)?(?:;.*?)?[\"'][,\]]", lists))
     assert {"torch", "ruff", "matplotlib", "triton"} <= asked <= pinned
 

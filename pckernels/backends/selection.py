@@ -150,7 +150,7 @@ def code_of(call: Call) -> Compiled | str:
     """The code that a call needs, or why there is none. (The code of its first run; those of the others have the same shape.)"""
     if "code" not in call.memo:
         first = phases(call)[0]
-        call.memo["code"] = _cheapest(first, (first.trace.graph, *_kind_of(first), _learning(first)))
+        call.memo["code"] = cheapest((first.trace.graph, *_kind_of(first), _learning(first)), first.size or 0)
     return call.memo["code"]
 
 
@@ -162,12 +162,21 @@ def _kind_of(call: Call) -> tuple[Dynamics | None, Objectives]:
     return call.dynamics, _objectives(call.trace.graph, call.objective.loss, tuple(call.objective.targets))
 
 
-def _cheapest(call: Call, key: tuple[ComputationGraph, Dynamics | None, Objectives, frozenset[str]]) -> Compiled | str:
+def code_for(graph: ComputationGraph, rule: Dynamics, batch: int) -> Compiled | str:
+    """The code of a call with the squared error in which every weight learns, without tensors: for those who count or plan."""
+    program = lowered(graph)
+    if isinstance(program, str):
+        return program
+    learning = frozenset(info.name for info in program.weights)
+    return cheapest((graph, rule, _objectives(graph, "squared_error", tuple(program.outputs)), learning), batch)
+
+
+def cheapest(key: tuple[ComputationGraph, Dynamics | None, Objectives, frozenset[str]], batch: int) -> Compiled | str:
     """In the Gram form where it pays: it costs a product W W^T a call, and saves one product a step."""
     code = compiled(*key, gram=True)
     width = 0 if isinstance(code, str) else code.gram_width
-    pays = (call.dynamics.steps or 0) * (call.size or 0) >= 2 * width
-    return code if pays else compiled(*key, gram=False)
+    steps = 0 if key[1] is None else key[1].steps or 0
+    return code if steps * batch >= 2 * width else compiled(*key, gram=False)
 
 
 @lru_cache(maxsize=64)

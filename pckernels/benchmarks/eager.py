@@ -2,12 +2,14 @@
 
 All time steps of a layer in one product, addmm for biases, derivatives from the predictions, and the first product, whose
 input is clamped, computed once. Values are kept as they are, not as displacements, as anyone would write it. Each function
-returns the gradients of the summed loss in the order of the module's parameters.
+returns the gradients of the summed loss in the order of the module's parameters. `chain` leaves derivatives to PyTorch, for models in
+which nobody writes them down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +44,12 @@ def _predictions(layers: list[nn.Linear], first: Tensor, values: list[Tensor]) -
 
 
 @torch.no_grad()
-def rnn(module: nn.Module, x: Tensor, target: Tensor, steps: int, rate: float) -> Gradients:
+def rnn(module: Any, x: Tensor, target: Tensor, steps: int, rate: float) -> Gradients:
     """A tanh layer over x (B, S, D_in) from the state 0, no biases, and a linear readout of the last state; target (B, D_out)."""
     w_in, w, readout = module.rnn.weight_ih_l0, module.rnn.weight_hh_l0, module.readout.weight
     batch, length, hidden = x.shape[0], x.shape[1], w.shape[0]
     drive = torch.matmul(x, w_in.t()).transpose(0, 1).contiguous()  # (S, B, H), hoisted
-    values = torch.zeros(length + 1, batch, hidden)  # values[0] is the clamped initial state
+    values = x.new_zeros(length + 1, batch, hidden)  # values[0] is the clamped initial state
     for t in range(length):
         values[t + 1] = torch.addmm(drive[t], values[t], w.t()).tanh_()
     mu = values[1:].clone()
@@ -67,14 +69,15 @@ def rnn(module: nn.Module, x: Tensor, target: Tensor, steps: int, rate: float) -
 
 
 @torch.no_grad()
-def lstm(module: nn.Module, x: Tensor, target: Tensor, steps: int, rate: float) -> Gradients:
+def lstm(module: Any, x: Tensor, target: Tensor, steps: int, rate: float) -> Gradients:
     """An LSTM over x (B, S, D_in) from the state 0, and a linear readout of every state; target (B, S, D_out)."""
     cell, readout = module.lstm, module.readout
     batch, length, hidden = x.shape[0], x.shape[1], cell.hidden_size
     w = cell.weight_hh_l0
     inputs, y = x.transpose(0, 1).reshape(length * batch, -1), target.transpose(0, 1).reshape(length * batch, -1)
     drive = torch.addmm(cell.bias_ih_l0 + cell.bias_hh_l0, inputs, cell.weight_ih_l0.t())  # (S * B, 4 H), hoisted
-    gates, c, h = torch.empty(length, batch, 4 * hidden), torch.zeros(length + 1, batch, hidden), torch.zeros(length + 1, batch, hidden)
+    gates = x.new_empty(length, batch, 4 * hidden)
+    c, h = x.new_zeros(2, length + 1, batch, hidden)
     for t in range(length):
         z = torch.addmm(drive.view(length, batch, -1)[t], h[t], w.t())
         gates[t] = _activate(z, hidden)
@@ -124,4 +127,40 @@ def _slope(mu: Tensor, hidden: int) -> Tensor:
     return slope
 
 
-LOOPS: dict[str, Callable[..., Gradients]] = {"mlp": mlp, "rnn": rnn, "lstm": lstm}
+def chain(module: nn.Module, x: Tensor, target: Tensor, steps: int, rate: float, momentum: float = 0.0) -> Gradients:
+    """Any chain of blocks, convolutions too: each step descends F by automatic differentiation, which reads each block once forwards and
+    once backwards. The blocks are cut where `blocks_of` says; x (B, ..), target (B, D_out)."""
+    blocks = blocks_of(module)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        values = [blocks[0](x)]
+        first = values[0].clone()
+        for block in blocks[1:-1]:
+            values.append(block(values[-1]))
+    velocities = [torch.zeros_like(value) for value in values]
+    for _ in range(steps):
+        moving = [value.requires_grad_() for value in values]
+        slopes = torch.autograd.grad(_chain_energy(blocks, first, moving, target), moving)
+        with torch.no_grad():
+            for velocity, slope in zip(velocities, slopes, strict=True):
+                velocity.mul_(momentum).sub_(slope)
+            values = [value.detach().add_(velocity, alpha=rate) for value, velocity in zip(values, velocities, strict=True)]
+    fixed = [value.detach() for value in values]
+    with torch.enable_grad():
+        return list(torch.autograd.grad(_chain_energy(blocks, blocks[0](x), fixed, target), parameters))
+
+
+def blocks_of(module: Any) -> list[Callable[[Tensor], Tensor]]:
+    """The blocks of a CNN or VGG of models.py, each up to and with its value node."""
+    if hasattr(module, "blocks"):
+        readout = module.readout
+        return [*module.blocks, lambda v: readout(v.flatten(1))]
+    return list(module.children())
+
+
+def _chain_energy(blocks: list[Callable[[Tensor], Tensor]], first: Tensor, values: list[Tensor], target: Tensor) -> Tensor:
+    mu = [first, *(block(value) for block, value in zip(blocks[1:], values, strict=True))]
+    return 0.5 * torch.stack([(v - m).square().sum() for v, m in zip([*values, target], mu, strict=True)]).sum()
+
+
+LOOPS: dict[str, Callable[..., Gradients]] = {"mlp": mlp, "rnn": rnn, "lstm": lstm, "chain": chain}

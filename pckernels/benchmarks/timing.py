@@ -1,0 +1,52 @@
+"""Contenders take turns, so that a busy machine slows all of them; medians, quartiles, and ratios of the same round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+LEAST, MOST = 5, 200  # rounds
+
+
+def rounds(runs: Mapping[str, Callable[[], object]], seconds: float, device: torch.device, warmup: int = 2) -> dict[str, list[float]]:
+    """Milliseconds of each contender in each round, for about so many seconds, at least LEAST rounds.
+
+    A round that is slow for everyone, as at the start, still counts: spread is part of the result.
+    """
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    deadline = time.monotonic() + seconds
+    for turn in range(MOST):
+        if turn >= LEAST and time.monotonic() > deadline:
+            break
+        for name, run in runs.items():
+            times[name].append(milliseconds(run, device))
+    return times
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call, with everything that it has put on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def summary(values: Sequence[float]) -> dict[str, float | int]:
+    """Median, quartiles, extremes."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "low": low, "high": high, "min": min(values), "max": max(values), "rounds": len(values)}
+
+
+def ratio(ours: Sequence[float], rival: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of ours / rival, each of one round."""
+    found = summary([a / b for a, b in zip(ours, rival, strict=True)])
+    return {name: float(found[name]) for name in ("median", "low", "high")}

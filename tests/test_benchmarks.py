@@ -1,0 +1,396 @@
+"""Benchmarks: wrong numbers are never timed, ledgers are right, ratios are guarded, and what is shown comes from the JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import pckernels as pck
+from pckernels import bench
+from pckernels.backends import host, selection
+from pckernels.benchmarks import ceilings, contenders, curves, eager, guard, ledger, models, page, record, runner, tables, verification
+from pckernels.benchmarks.cases import EXACT, GPU, SUITES, Case, strict, suite
+from pckernels.cli import main
+
+SMALL = models.mlp((12, 20, 16, 3))
+CEILINGS = ceilings.Ceilings(products=1e10, device=1e10, cache=1e11, chip=1e11)
+SETTING = runner.Setting(torch.device("cpu"), 1, CEILINGS)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_case(**changes) -> Case:
+    case = Case(SMALL, 5, strict(6), SUITES, ("loop",), {"host / loop": 0.5}, seconds=0.05)
+    return replace(case, **changes)
+
+
+def shrink(monkeypatch) -> None:
+    """The command line with two small cases, curves left out and ceilings known."""
+    monkeypatch.setattr(bench, "suite", lambda name: [small_case(axes=("batch",)), small_case(batch=2, axes=("batch",))])
+    monkeypatch.setattr(bench, "_curves", lambda setting, name: {})
+    monkeypatch.setattr(ceilings, "measure", lambda device: CEILINGS)
+
+
+@pytest.fixture
+def small_suite(monkeypatch):
+    shrink(monkeypatch)
+
+
+def break_kernel(monkeypatch, factor: float) -> None:
+    """A kernel whose first gradient is a little off."""
+    execute = host.execute
+
+    def wrong(code, memory, batch, sign):
+        execute(code, memory, batch, sign)
+        if memory.gradients:
+            memory.gradients[0] *= factor
+
+    monkeypatch.setattr(host, "execute", wrong)
+    monkeypatch.setattr(runner, "DRAWS", 2)
+
+
+# No time without the right numbers
+
+
+def test_a_case_that_agrees_is_timed():
+    row = runner.run(small_case(), SETTING)
+    assert "refused" not in row
+    assert [c["name"] for c in row["contenders"]] == ["host", "autograd", "loop"]
+    assert all(c["ms"]["median"] > 0 and c["off"] <= c["limit"] for c in row["contenders"])
+    assert {r["other"] for r in row["ratios"]} == {"autograd", "loop"}
+    assert row["ledger"]["floor_ms"] > 0
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_kernel_is_never_timed(monkeypatch, factor):
+    break_kernel(monkeypatch, factor)
+    monkeypatch.setattr(runner, "_timed", lambda *_: pytest.fail("it was timed"))
+    row = runner.run(small_case(), SETTING)
+    assert "host" in row["refused"] and "nothing of it was timed" in row["refused"]
+    assert row["contenders"] == [] and row["ratios"] == []
+
+
+@pytest.mark.parametrize("rival", ["loop", "autograd"])
+def test_a_rival_that_computes_something_else_is_refused_too(monkeypatch, rival):
+    monkeypatch.setattr(runner, "DRAWS", 1)
+    if rival == "loop":
+        loop = eager.LOOPS["mlp"]
+        monkeypatch.setitem(eager.LOOPS, "mlp", lambda *a: [1.05 * gradient for gradient in loop(*a)])
+    else:
+        made = contenders.RIVALS["autograd"]
+        wrong = lambda arena, name: replace(made(arena, name), gradients=lambda: [torch.zeros(1)])  # noqa: E731
+        monkeypatch.setitem(contenders.RIVALS, "autograd", wrong)
+    assert rival in runner.run(small_case(), SETTING)["refused"]
+
+
+def test_the_command_prints_no_time_of_a_wrong_kernel(monkeypatch, capsys, tmp_path, small_suite):
+    break_kernel(monkeypatch, 1.01)
+    assert main(["bench", "--json", str(tmp_path / "b.json")]) == 1
+    printed = capsys.readouterr().out
+    assert "REFUSED" in printed and "more than 1e-03" in printed
+    assert not re.search(r"^MLP", printed, flags=re.MULTILINE)  # no row of the table
+    assert '"median"' not in (tmp_path / "b.json").read_text()
+
+
+def test_a_kink_that_rounding_crosses_is_drawn_anew(monkeypatch):
+    """A wrong kernel is wrong on all data; one that is off on the first draw alone is not refused."""
+    draws = []
+    verify = runner.verify
+
+    def once(case, arena, fit):
+        draws.append(arena)
+        if len(draws) == 1:
+            raise verification.Disagreement("a kink")
+        return verify(case, arena, fit)
+
+    monkeypatch.setattr(runner, "verify", once)
+    assert "refused" not in runner.run(small_case(), SETTING)
+    assert len(draws) == 2 and not torch.equal(draws[0].x, draws[1].x)
+
+
+# The loops by hand
+
+
+@pytest.mark.parametrize(
+    ("model", "momentum"),
+    [
+        (SMALL, 0.0),
+        (models.deep_mlp(5, 8), 0.0),
+        (models.Model("rnn", lambda: models.RNN(4, 6, 3), (5, 4), (3,), "rnn"), 0.0),
+        (models.Model("lstm", lambda: models.LSTM(4, 5, 3), (4, 4), (4, 3), "lstm"), 0.0),
+        (models.CNN, 0.0),
+        (models.CNN, 0.6),
+        (replace(models.VGG, build=lambda: models.VGG5(channels=(3, 4, 4, 5))), 0.6),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_loop_by_hand_is_the_reference(model, momentum):
+    torch.manual_seed(1)
+    module, (x, target) = model.build().double(), model.data(3)
+    x, target = x.double(), target.double()
+    options = {"momentum": momentum} if momentum else {}
+    found = eager.LOOPS[model.loop](module, x, target, 4, 0.1, **options)
+    pck.PCNetwork(module, strict(4, momentum), backend="reference", **model.pc).backward(x, target)
+    assert verification.distance(found, verification.gradients_of(module)) < 1e-9
+
+
+# The registry
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_has_each_case_once_and_knows_all_rivals(name):
+    cases = suite(name)
+    assert len({case.name for case in cases}) == len(cases) > 10
+    for case in cases:
+        assert set(case.rivals) <= {*contenders.RIVALS, contenders.TWO_THREADS}
+        assert all(" / " in goal for goal in case.goals)
+        assert "loop" not in case.rivals or case.model.loop in eager.LOOPS
+
+
+def test_the_goals_of_the_native_engine_are_in_the_cpu_suite():
+    goals = {case.name: case.goals for case in suite("cpu")}
+    assert goals["MLP 784-300-300-10, batch 64, strict T=20"]["host / loop"] == 0.5
+    assert goals["MLP 784-300-300-10, batch 1, strict T=20"]["host / loop"] == 0.25
+    assert goals["the paper's CNN, batch 64, strict T=20"]["host / autograd"] == 3.0
+    assert goals["the paper's CNN, batch 64, strict T=100"]["host / autograd"] == 14.0
+    assert goals["RNN 256, 8 letters, batch 1, strict T=20"]["host / loop"] == 0.33
+    assert goals["LSTM 256, 50 letters, batch 64, strict T=20"]["host / loop"] == 0.4
+    assert goals["MLP 784-300-300-10, batch 256, strict T=20"]["host, two threads / host"] == pytest.approx(1 / 1.7, abs=1e-3)
+    assert sorted(case.steps for case in suite("cpu") if case.accuracy == 5e-4) == [1, 5, 8, 20]
+    assert "quick" not in GPU
+
+
+# The ledger
+
+
+def code_for(model: models.Model, rule, batch: int):
+    torch.manual_seed(0)
+    module, (x, _) = model.build(), model.data(batch)
+    code = selection.code_for(pck.PCNetwork(module, rule, **model.pc).trace(x), rule.dynamics, batch)
+    assert not isinstance(code, str), code
+    return code
+
+
+def test_products_of_a_perceptron_are_those_counted_on_paper():
+    plain = ledger.ledger(code_for(models.mlp(), strict(20), 1), 1, 1)
+    assert plain.step.products == 2 * 300 * 300 + 2 * 300 * 10  # a product and its transpose, the clamped first one hoisted
+    gram = ledger.ledger(code_for(models.mlp(), strict(20), 64), 64, 16)
+    assert gram.step.products == 64 * (300 * 300 + 2 * 300 * 10)  # one product saved
+    forward, learn = 784 * 300 + 300 * 300 + 300 * 10, 784 * 300 + 300 * 300 + 300 * 10
+    assert gram.once.products == 64 * (forward + learn + 300 * 300) + 300 * 300 * 300  # W^T h at the end, and W W^T
+    assert gram.tiles == 4 and gram.step.weights == 4 * 4 * (300 * 300 + 2 * 300 * 10)
+
+
+def test_the_light_cone_is_left_out_and_steps_are_all_alike():
+    short, long = (ledger.ledger(code_for(models.mlp(), strict(steps), 64), 64, 16) for steps in (20, 50))
+    assert long.step == short.step
+    assert long.loop.products - short.loop.products == 30 * short.step.products
+    assert short.loop.products < 20 * short.step.products  # what lies behind the light cone in the first step
+
+
+def test_products_of_a_convolution_and_bytes_that_leave_the_chip():
+    found = ledger.ledger(code_for(models.CNN, strict(20), 2), 2, 16)
+    conv2, linear = 16 * 10 * 10 * 6 * 25, 1600 * 200 + 200 * 150 + 150 * 10
+    assert found.step.products == 2 * 2 * (conv2 + linear)
+    weights = 2 * (16 * 6 * 25 + linear)
+    assert found.leaving(resident=False) == 4 * weights + found.step.device
+    assert found.leaving(resident=True) == found.step.device == 8 * 6  # the energies of six vertices
+    assert found.step.chip > found.leaving(resident=True)
+
+
+def test_a_sweep_moves_every_weight_and_sample_once():
+    found = ledger.ledger(code_for(models.mlp(), EXACT, 64), 64, 16)
+    assert found.step == ledger.Count()
+    weights = 784 * 300 + 300 * 300 + 300 * 10
+    assert found.total.products == 64 * (2 * weights + 300 * 300 + 300 * 10)
+    assert found.total.device > 4 * (2 * weights + 64 * (784 + 10))
+
+
+def test_ceilings_bound_a_count_from_below():
+    count = ledger.Count(products=1e9, chip=1e9, weights=1e10, device=1e8)
+    assert CEILINGS.floor(count, resident=True) == pytest.approx(100.0)
+    assert CEILINGS.floor(count, resident=False) == pytest.approx(100.0)
+    assert CEILINGS.in_turn(count, resident=True) == pytest.approx(100.0 + 10.0 + 10.0)
+    with pytest.raises(ValueError, match="1 sample or more"):
+        ledger.ledger(code_for(SMALL, strict(2), 1), 1, 0)
+
+
+# Memory does not grow with T
+
+
+def test_state_and_results_do_not_grow_with_the_number_of_steps():
+    """The form of the code may differ between few and many steps (Gram or not), and never by more than an array or two."""
+    module, (x, _) = models.mlp().build(), models.mlp().data(8)
+    sizes = curves.state_bytes(module, x, 8)
+    assert set(sizes) == {"1", "10", "100", "1000"}
+    assert sizes["100"] == sizes["1000"]
+    assert max(sizes.values()) < 1.1 * min(sizes.values())
+
+
+def test_the_peak_of_a_call_does_not_rise_with_the_number_of_steps():
+    found = curves.memory(batch=64)
+    if found is None:
+        pytest.skip("this system does not say what the peak of resident memory is")
+    kept = 1000 * found["state_bytes"]["1000"]  # if every step were kept: more than a GiB
+    assert kept > 2**30
+    assert max(found["bytes"].values()) - min(found["bytes"].values()) < 2**20
+
+
+# What is shown comes from the JSON
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """A record that the command has written."""
+    path = tmp_path_factory.mktemp("bench") / "made.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shrink(monkeypatch)
+        assert main(["bench", "--json", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def made(file) -> record.Record:
+    return record.read(file)
+
+
+def test_a_record_says_where_it_was_made(made):
+    machine = made["machine"]
+    assert machine["threads"] == 1 and machine["versions"]["torch"] == torch.__version__ and machine["processor"]
+    assert set(made["load"]) == {"before", "after", "other_work"}
+    assert made["ceilings"] == {"products": 1e10, "device": 1e10, "cache": 1e11, "chip": 1e11}
+
+
+def test_the_page_holds_everything_in_itself(made, tmp_path):
+    path = page.write(with_curves(made), tmp_path / "new")
+    content = path.read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", content)
+    assert not re.search(r"https?://", re.sub(r"base64,[\w+/=]+", "", content))
+    assert content.count("data:image/svg+xml;base64") == len(list((tmp_path / "new").glob("*.png"))) == 5
+    for case in made["cases"]:
+        assert case["name"] in content
+    assert "{{" not in content
+
+
+def with_curves(made: record.Record) -> record.Record:
+    points = [{"family": "autograd", "rule": "loss.backward()", "off": 1e-7, "ms": 2.0}]
+    points += [{"family": "fixed", "rule": f"T={T}", "off": 0.9**T, "ms": 0.1 * T} for T in (1, 2, 4)]
+    slope = {"batch": 4, "ms": {"20": 2.0, "40": 4.0}, "ms_a_step": 0.1, "bend": 0.0, "in_turn_ms_a_step": 0.05, "floor_ms_a_step": 0.04}
+    memory = {"batch": 4, "bytes": {"1": 0, "10": 4096}, "state_bytes": {"1": 100000, "10": 100000}}
+    return {**made, "curves": {"errors": {"model": "MLP", "batch": 4, "points": points}, "slope": slope, "memory": memory}}
+
+
+def test_the_command_draws_from_a_file_without_measuring(file, made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measured", lambda args: pytest.fail("it measured"))
+    assert main(["bench", "--from", str(file), "--out", str(tmp_path / "drawn")]) == 0
+    assert (tmp_path / "drawn" / "report.html").exists()
+    assert made["cases"][0]["name"] in capsys.readouterr().out
+
+
+def test_a_refused_case_stands_on_the_page_without_a_time(made, tmp_path):
+    bad = copy.deepcopy(made)
+    bad["cases"][0] = {**bad["cases"][0], "contenders": [], "ratios": [], "refused": "nothing of it was timed."}
+    content = page.write(bad, tmp_path / "bad").read_text()
+    assert "nothing of it was timed." in content
+
+
+def test_tables_are_rewritten_between_their_marks(made, tmp_path):
+    text = tmp_path / "page.md"
+    begin = tables.BEGIN.format(name="targets")
+    text.write_text(f"before\n{begin}\nold\n{tables.END}\nafter\n")
+    assert tables.rewrite(text, made)
+    content = text.read_text()
+    assert content.startswith("before\n") and content.endswith("after\n") and "old" not in content
+    assert "| host / loop |" in content
+    assert not tables.rewrite(text, made)
+    for wrong, words in (("nothing", "no mark"), (tables.BEGIN.format(name="chairs"), "no table 'chairs'"), (begin, "behind it")):
+        with pytest.raises(ValueError, match=words):
+            tables.rewritten(wrong, made)
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"schema": 99, "cases": []}'])
+def test_a_file_that_is_no_record_is_refused_in_a_sentence(tmp_path, content, capsys):
+    (tmp_path / "x.json").write_text(content)
+    for option in ("--from", "--check"):
+        assert main(["bench", option, str(tmp_path / "x.json")]) == 2
+        assert "pckernels bench" in capsys.readouterr().err
+    assert main(["bench", "--from", str(tmp_path / "none.json")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threads", "0"], "1 or more"),
+        (["--case", "no such case"], "No case of the suite"),
+        (["--against", "tensorflow"], "no rival 'tensorflow'"),
+        (["--peer", "pcx"], "NAME=PYTHON"),
+        (["--peer", "jaxley=python"], "no peer 'jaxley'"),
+    ],
+)
+def test_bad_arguments_are_a_sentence(arguments, words, capsys, small_suite):
+    assert main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_only_the_rivals_that_are_asked_for_take_part(small_suite, tmp_path):
+    assert main(["bench", "--against", "loop", "--json", str(tmp_path / "b.json")]) == 0
+    for case in record.read(tmp_path / "b.json")["cases"]:
+        assert [c["name"] for c in case["contenders"]] == ["host", "loop"]
+
+
+# The guard
+
+
+def fabricated(ratio: float, factor: float = 1.0) -> record.Record:
+    """A record of one case, whose times are all `factor` times what they were."""
+    ms = {"median": factor, "low": factor, "high": factor, "min": factor, "max": factor, "rounds": 5}
+    rows = [{"name": "host", "ours": True, "ms": {**ms, "median": ratio * factor}}, {"name": "loop", "ours": False, "ms": ms}]
+    case = {"name": "case", "contenders": rows, "ratios": [{"ours": "host", "other": "loop", "median": ratio}]}
+    return {"schema": record.SCHEMA, "machine": {"processor": "one"}, "cases": [case]}
+
+
+@pytest.mark.parametrize(
+    ("now", "factor", "good"),
+    [(0.5, 1.0, True), (0.6, 1.0, True), (0.63, 1.0, False), (5.0, 1.0, False), (0.1, 1.0, True), (0.5, 10.0, True), (0.66, 0.1, False)],
+)
+def test_the_guard_fails_on_a_lost_ratio_and_never_on_a_time(now, factor, good):
+    found, lines = guard.verdict(fabricated(0.5), fabricated(now, factor))
+    assert found is good
+    assert ("LOST" in lines[0]) is not good
+
+
+def test_the_guard_fails_where_a_ratio_has_gone_or_is_not_a_number():
+    fresh = fabricated(0.5)
+    fresh["cases"].append({"name": "other", "contenders": [], "ratios": [{"ours": "host", "other": "loop", "median": 1.0}]})
+    committed = copy.deepcopy(fresh)
+    fresh["cases"][0] = {"name": "case", "refused": "numbers disagree", "contenders": [], "ratios": []}
+    assert guard.verdict(committed, fresh)[0] is False
+    fresh["cases"][0] = {"name": "case", "contenders": [], "ratios": []}
+    good, lines = guard.verdict(committed, fresh)
+    assert not good and "GONE  case: host / loop" in lines
+    assert guard.verdict(fabricated(0.5), fabricated(float("nan")))[0] is False
+    with pytest.raises(ValueError, match="no ratio in common"):
+        guard.verdict(fabricated(0.5), {**fabricated(0.5), "cases": []})
+
+
+def test_the_guard_is_the_exit_code_of_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "before.json").write_text(json.dumps(fabricated(0.5)))
+    monkeypatch.setattr(tables, "summary", lambda found: "")
+    monkeypatch.setattr(tables, "provenance", lambda found: "")
+    for now, code in ((0.55, 0), (0.7, 1)):
+        monkeypatch.setattr(bench, "measured", lambda args, now=now: fabricated(now))
+        assert main(["bench", "--check", str(tmp_path / "before.json")]) == code
+    assert "LOST" in capsys.readouterr().out
