@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pckernels.clamps import Clamps
 from pckernels.graph import Trace
 from pckernels.rules import Dynamics
 
@@ -33,6 +34,7 @@ class Call:
         size: B, or None where no input has a batch.
         divisor: the reduction's part in the factor: B for the mean, 1 for the sum.
         update: moves live parameters by their gradients, where a rule that learns at each step has an optimizer.
+        clamps: the value nodes that are held, and the inputs that move.
         memo: what a backend finds out about the call before it runs it.
     """
 
@@ -46,6 +48,7 @@ class Call:
     size: int | None = None
     divisor: int = 1
     update: Update | None = None
+    clamps: Clamps = field(default_factory=Clamps)
     memo: dict[str, Any] = field(default_factory=dict)
 
 

@@ -115,6 +115,7 @@ class Bound:
     ):
         """`held`: what an earlier pass of the same call drew and measured, to be used again; `only`: the vertices to compute."""
         self.graph, self.connected, self.parameters = graph, connected, call.trace.parameters
+        self.clamped = call.clamps.held
         self.environment: dict[str, object] = {**call.tensors, **(held or {})}
         self.sources: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
@@ -153,6 +154,8 @@ class Bound:
 
     def _start(self, local: Local) -> Tensor:
         """Where the children of a vertex start from."""
+        if local.vertex.name in self.clamped:
+            return _leaf(self.clamped[local.vertex.name].over(local.mu), True)
         if not self.connected or not local.mu.requires_grad:
             return _leaf(local.mu, True)
         return local.mu
@@ -166,7 +169,7 @@ class Bound:
 
     def _constant(self, name: str) -> object:
         if name in self.mu:
-            return self.mu[name]
+            return self.leaves[name].detach()
         return self.weights[name] if name in self.weights else self.environment[name]
 
     def local(self, vertex: Vertex, values: Mapping[str, Tensor]) -> Local:

@@ -106,10 +106,14 @@ def refusal(call: Call) -> str | None:
     reason = _refusal_of(call.trace)
     if reason is not None:
         return reason
+    if call.clamps:
+        return "it clamps value nodes or frees inputs, which only the reference does"
     if call.record:
         return "record=True keeps every step, which only the reference does"
     if call.objective is not None and not (isinstance(call.objective, Target) and isinstance(call.objective.loss, str)):
         return "a loss of one's own is a PyTorch function, which runs in the reference alone"
+    if isinstance(call.objective, Target) and call.objective.known:
+        return "a target that is known in part is for the reference alone"
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     code = code_of(call)

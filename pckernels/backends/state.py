@@ -51,8 +51,8 @@ class State(Moving):
     value) loses no digits near equilibrium."""
 
     def __init__(self, bound: Bound, objective: Objective, beta: float = 1.0):
-        super().__init__(bound, objective, beta)
         self.displacements: Tensors = {}
+        super().__init__(bound, objective, beta)
 
     def value(self, name: str) -> Tensor:
         """v_i; of an output, which has no free value, its prediction."""
@@ -69,11 +69,15 @@ class State(Moving):
     def drives(self, names: Iterable[str]) -> Tensors:
         """-eps_i + sum over children of (d mu_j / d v_i)^T eps_j, which is -dF/dv_i (precision 1), for each vertex of a group."""
         wanted = list(names)
-        totals = {name: -self.errors[name] for name in wanted if name in self.errors}
+        totals = {name: self.own_drive(name) for name in wanted if name in self.errors}
         for child in dict.fromkeys(child for name in wanted for child in self.graph.children[name] if child in self.errors):
             for name, part in feedback(self.locals[child], self.errors[child], wanted).items():
                 totals[name] = totals[name] + part if name in totals else part
         return totals
+
+    def own_drive(self, name: str) -> Tensor:
+        """-dF/dv_i through the vertex's own error."""
+        return -self.errors[name]
 
     def move(self, names: Iterable[str], rate: float, momentum: float, mask: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
         """Move the vertices of a group at once, then refresh what that changes. Returns the moves."""
