@@ -2,6 +2,7 @@
 
 from pckernels import nn, testing
 from pckernels.autograd import backward
+from pckernels.clamps import Free
 from pckernels.dispatch import Support, backends
 from pckernels.errors import InferenceDiverged, Unsupported
 from pckernels.mupc import mupc
@@ -12,6 +13,7 @@ from pckernels.version import __version__
 __all__ = [
     "ErrorOptimization",
     "FixedPrediction",
+    "Free",
     "Incremental",
     "Inference",
     "InferenceDiverged",

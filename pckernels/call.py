@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pckernels.clamps import Clamps
 from pckernels.graph import Trace
 from pckernels.rules import Dynamics
 
@@ -61,6 +62,7 @@ class Call:
         divisor: the reduction's part in the factor: B for the mean, 1 for the sum.
         update: moves live parameters by their gradients, where a rule that learns at each step has an optimizer.
         extra: backward weights, error weights and precisions, where the network has them.
+        clamps: the value nodes that are held, and the inputs that move.
         memo: what a backend finds out about the call before it runs it.
     """
 
@@ -75,6 +77,7 @@ class Call:
     divisor: int = 1
     update: Update | None = None
     extra: Extra = field(default_factory=Extra)
+    clamps: Clamps = field(default_factory=Clamps)
     memo: dict[str, Any] = field(default_factory=dict)
 
 

@@ -78,8 +78,11 @@ class Probe:
         return [states[0], *({name: new[name] - old[name] for name in new} for old, new in pairwise(states))]
 
     def _summed_loss(self) -> Tensor:
-        """The loss summed over samples, positions and outputs, written from its definition."""
-        outputs, targets = pytree.tree_leaves(self.network(*self.args, **self.keywords)), pytree.tree_leaves(self.target)
+        return self.summed_loss_of(self.network)
+
+    def summed_loss_of(self, module: nn.Module) -> Tensor:
+        """The loss summed over samples, positions and outputs, written from its definition, with another module in place of this one."""
+        outputs, targets = pytree.tree_leaves(module(*self.args, **self.keywords)), pytree.tree_leaves(self.target)
         return sum_of([_loss(self.loss, output, wanted) for output, wanted in zip(outputs, targets, strict=True)])
 
     def _collected(self) -> Gradients:

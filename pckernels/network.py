@@ -15,6 +15,7 @@ from pckernels import dispatch
 from pckernels.arguments import Arguments, check_inputs, clamped, module_key
 from pckernels.call import Call, Extra, Outcome, Snapshot, Update
 from pckernels.capture import first_line, speaks_of_dtypes
+from pckernels.clamps import Held, Wish
 from pckernels.deposit import deposit
 from pckernels.dispatch import Run
 from pckernels.errors import InferenceDiverged, Unsupported
@@ -154,7 +155,16 @@ class PCNetwork(nn.Module):
         """The module's own forward: it records gradients and moves running statistics as any forward does."""
         return self.module(*args, **kwargs)
 
-    def backward(self, *args: Any, target: Any = _MISSING, scale: float | Tensor = 1.0, **kwargs: Any) -> Inference:
+    def backward(
+        self,
+        *args: Any,
+        target: Any = _MISSING,
+        scale: float | Tensor = 1.0,
+        clamp: Any = None,
+        free: Any = (),
+        target_mask: Any = None,
+        **kwargs: Any,
+    ) -> Inference:
         """Relax for T steps, then add the local updates to `.grad` of the module's parameters: backward(x, target).
 
         Incremental moves a copy of the parameters at each step, and adds the sum of its T gradients.
@@ -163,20 +173,35 @@ class PCNetwork(nn.Module):
             args: the module's inputs, and the target as the last one unless `target=` is given.
             target: structured as the module's output; None in place of an output that carries no loss.
             scale: multiplies what goes into `.grad`, as GradScaler.get_scale().
+            clamp: value node -> a tensor of its shape, or (tensor, mask): held there, where the mask is true, for the whole call. What
+                follows a held value in the feed-forward start follows from that value; its own error is there from the start.
+            free: the name of an input, several, or a dict, name -> pckernels.Free: these move, from where the arguments put them, as
+                value nodes without a prediction; `inference.values` has where they end. `trace(x).inputs` has the names.
+            target_mask: bool, structured as the target and broadcast to it; the loss is over what is true, and what is not is
+                predicted (squared error). None in place of a mask is all.
             kwargs: keyword inputs of the module.
 
         Raises:
             ValueError, TypeError: inputs, target or scale of the wrong shape, type, dtype, range or structure.
             InferenceDiverged: a value is not finite, or the energy grew without bound (with check="sync").
-            Unsupported: the module cannot be traced, or the rule does not apply to it.
+            Unsupported: the module cannot be traced, or the rule does not apply to it: the exact rules neither clamp nor free.
             Whatever is raised, `.grad`, parameters and buffers are as they were.
         """
         inputs, target = _with_target(args, target, "backward")
         _check_scale(scale)
-        return self._run(inputs, kwargs, target, scale, learn=True, record=False)
+        wish = Wish(clamp, free, target_mask)
+        return self._run(inputs, kwargs, target, scale, learn=True, record=False, wish=wish)
 
     def step(
-        self, *args: Any, target: Any = _MISSING, optimizer: torch.optim.Optimizer | None = None, scale: float | Tensor = 1.0, **kwargs: Any
+        self,
+        *args: Any,
+        target: Any = _MISSING,
+        optimizer: torch.optim.Optimizer | None = None,
+        scale: float | Tensor = 1.0,
+        clamp: Any = None,
+        free: Any = (),
+        target_mask: Any = None,
+        **kwargs: Any,
     ) -> Inference:
         """zero_grad, backward, optimizer.step: step(x, target, optimizer).
 
@@ -190,14 +215,21 @@ class PCNetwork(nn.Module):
             raise TypeError("step needs an optimizer over the module's parameters: step(x, target, optimizer).")
         inputs, target = _with_target(args, target, "step")
         _check_scale(scale)
+        wish = Wish(clamp, free, target_mask)
         if self.rule.dynamics.learn_at_each_step:
-            return self._step_at_each_step(inputs, kwargs, target, scale, optimizer)
-        inference = self._run(inputs, kwargs, target, scale, learn=True, record=False, optimizer=optimizer)
+            return self._step_at_each_step(inputs, kwargs, target, scale, optimizer, wish)
+        inference = self._run(inputs, kwargs, target, scale, learn=True, record=False, optimizer=optimizer, wish=wish)
         optimizer.step()
         return inference
 
     def _step_at_each_step(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], target: Any, scale: float | Tensor, optimizer: torch.optim.Optimizer
+        self,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: Any,
+        scale: float | Tensor,
+        optimizer: torch.optim.Optimizer,
+        wish: Wish,
     ) -> Inference:
         if self.check == "deferred":
             raise Unsupported(
@@ -210,9 +242,18 @@ class PCNetwork(nn.Module):
             optimizer.step()
 
         with Rollback(self, optimizer):
-            return self._run(inputs, kwargs, target, scale, learn=True, record=False, update=update)
+            return self._run(inputs, kwargs, target, scale, learn=True, record=False, update=update, wish=wish)
 
-    def infer(self, *args: Any, target: Any = _MISSING, record: bool = False, **kwargs: Any) -> Inference:
+    def infer(
+        self,
+        *args: Any,
+        target: Any = _MISSING,
+        record: bool = False,
+        clamp: Any = None,
+        free: Any = (),
+        target_mask: Any = None,
+        **kwargs: Any,
+    ) -> Inference:
         """As `backward`, without touching `.grad`; without a target, the feed-forward values.
 
         The last positional argument is the target when there are more of them than forward requires; say target=None to
@@ -225,7 +266,7 @@ class PCNetwork(nn.Module):
             inputs, target = (args[:-1], args[-1]) if len(args) > required else (args, None)
         else:
             inputs = args
-        return self._run(inputs, kwargs, target, 1.0, learn=False, record=record)
+        return self._run(inputs, kwargs, target, 1.0, learn=False, record=record, wish=Wish(clamp, free, target_mask))
 
     def trace(self, *args: Any, **kwargs: Any) -> ComputationGraph:
         """The computation graph for these inputs in the present training mode, from the cache or traced anew."""
@@ -294,20 +335,31 @@ class PCNetwork(nn.Module):
         record: bool,
         optimizer: torch.optim.Optimizer | None = None,
         update: Update | None = None,
+        wish: Wish | None = None,
     ) -> Inference:
+        wish = wish or Wish()
         if target is not None:
             _check_weight_rate(self.rule, update)
+        elif wish:
+            raise ValueError(
+                "clamp=, free= and target_mask= need a target; give one, with a target_mask that is false where it is not known."
+            )
+        if wish and self.match is not None:
+            raise Unsupported(
+                f"match={self.match!r} does as another code does, which has no clamp=, free= or target_mask=. Leave match= out."
+            )
         module = _unwrapped(self.module)
         with torch.inference_mode(False):
             arguments = Arguments(args, kwargs, self.batch_dim)
             traced = self._trace(arguments)
-            objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync")
+            known = wish.target_mask
+            objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync", known)
             check_match(self.match, self.rule, self.loss)
             matched = Matched(self.match, self.rule, self.reduction, arguments.size)
             pull, divisor = matched.objective(objective), matched.divisor
-            extra = self._bind_extra(traced, arguments)
+            extra, clamps = self._bind_extra(traced, arguments), wish.clamps(traced, arguments, self.rule)
             tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale * matched.factor / divisor
-            call = Call(traced, tensors, pull, matched.rule, learn, record, factor, arguments.size, divisor, update, extra)
+            call = Call(traced, tensors, pull, matched.rule, learn, record, factor, arguments.size, divisor, update, extra, clamps)
             name, run, why = dispatch.choose(self.backend, call)
             outcome = _explaining(module, run, call)
             self._check(outcome)
@@ -341,14 +393,14 @@ class Inference:
         history: with record=True, `.values` and `.errors` at every step t = 0 .. T; otherwise None.
     """
 
-    def __init__(self, outcome: Outcome, backend: str, why: str, clamped: Mapping[str, Tensor], divisor: float, check: str):
+    def __init__(self, outcome: Outcome, backend: str, why: str, clamped: Mapping[str, Held], divisor: float, check: str):
         self._outcome, self._outputs, self._divisor, self._check = outcome, clamped, divisor, check
         self.backend, self.plan = backend, f"{outcome.plan} ({why})" if why else outcome.plan
         self._values: dict[str, Tensor] | None = None
 
     @property
     def loss(self) -> Tensor:
-        """The feed-forward loss, reduced as the network reduces. A scalar."""
+        """The feed-forward loss (through what is clamped), reduced as the network reduces. A scalar."""
         if self._outcome.losses is None:
             raise RuntimeError("There is no loss without a target. Call infer(x, target).")
         self._raise_deferred()
@@ -364,7 +416,8 @@ class Inference:
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Vertex -> its value node; of an output the target (squared error, not nudged) or its prediction."""
+        """Vertex -> its value node, freed inputs included; of an output the target where it is known (squared error, not nudged) or
+        its prediction."""
         if self._values is None:
             self._values = self._clamped(self._outcome.values())
         return self._values
@@ -380,7 +433,7 @@ class Inference:
         return None if history is None else [Snapshot(self._clamped(moment.values), moment.errors) for moment in history]
 
     def _clamped(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {**values, **self._outputs}
+        return {**values, **{name: held.over(values[name]) for name, held in self._outputs.items()}}
 
     def _raise_deferred(self) -> None:
         if self._check == "deferred" and not bool(self._outcome.good):

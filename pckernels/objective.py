@@ -10,23 +10,26 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pckernels.arguments import Arguments, clamped
+from pckernels.clamps import Held, target_mask
 from pckernels.graph import Trace
-from pckernels.losses import Loss, check_classes, check_target, losses_and_errors
+from pckernels.losses import IGNORE_INDEX, Loss, check_classes, check_target, losses_and_errors
 
 
 class Objective:
     """Predictions of the output vertices -> the loss of each sample (B,), and each output's error -dL/dmu.
 
-    L is the loss summed over the batch. Outputs whose target is None carry no loss and have no error.
+    L is the loss summed over the batch. Outputs whose target is None carry no loss and have no error, nor have entries
+    of an output that a mask leaves unknown.
     """
 
-    def __init__(self, loss: Loss, traced: Trace, target: Any, arguments: Arguments, check_values: bool):
+    def __init__(self, loss: Loss, traced: Trace, target: Any, arguments: Arguments, check_values: bool, mask: Any = None):
         self.loss, self.trace, self.size = loss, traced, arguments.size
         self.target = _constant(target, arguments.device) if isinstance(target, Tensor) else _constants(target, arguments.device)
         if isinstance(loss, str):
             self.targets = _matched(traced, self.target)
             for name, leaf in self.targets.items():
                 self._check(loss, name, leaf, check_values)
+        self.known = {} if mask is None else self._masks(mask, arguments.device)
 
     def _check(self, loss: str, name: str, target: Any, check_values: bool) -> None:
         vertex = self.trace.graph[name]
@@ -37,10 +40,21 @@ class Objective:
         if loss == "cross_entropy" and check_values:
             check_classes(shape[-1], target, name)
 
+    def _masks(self, mask: Any, device: torch.device) -> dict[str, Tensor]:
+        """Output vertex -> where its target is known."""
+        if self.loss != "squared_error":
+            remedy = f"give the class {IGNORE_INDEX} to what is unknown" if self.loss == "cross_entropy" else "let target= hold the mask"
+            raise ValueError(f"target_mask is for the squared error; with this loss, {remedy}.")
+        found = _matched(self.trace, mask, "target_mask")
+        for name in found:
+            if name not in self.targets:
+                raise ValueError(f"target_mask has a mask for {name!r}, whose target is None; give None there.")
+        return {name: target_mask(name, leaf, self.trace.output_shape(name, self.size), device) for name, leaf in found.items()}
+
     @property
-    def clamped(self) -> dict[str, Tensor]:
+    def clamped(self) -> dict[str, Held]:
         """The values of outputs that the target clamps: those of the squared error."""
-        return dict(self.targets) if self.loss == "squared_error" else {}
+        return {name: Held(target, self.known.get(name)) for name, target in self.targets.items()} if self.loss == "squared_error" else {}
 
     def __call__(self, mu: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return self._named(mu) if isinstance(self.loss, str) else self._custom(mu)
@@ -50,6 +64,8 @@ class Objective:
         total: Tensor | None = None
         errors = {}
         for name, target in self.targets.items():
+            if name in self.known:  # what is unknown is as predicted
+                target = Held(target, self.known[name]).over(mu[name])
             losses, errors[name] = losses_and_errors(self.loss, mu[name], target, self.trace.graph[name].batch_axis or 0)
             total = losses if total is None else total + losses
         assert total is not None
@@ -78,22 +94,22 @@ def _check_losses(losses: Any, size: int | None) -> None:
         raise ValueError(f"The loss function must return one loss for each of the {size} samples; got shape {tuple(losses.shape)}.")
 
 
-def _matched(traced: Trace, target: Any) -> dict[str, Any]:
-    """Output vertex -> its target."""
+def _matched(traced: Trace, target: Any, what: str = "target") -> dict[str, Any]:
+    """Output vertex -> its target (or mask)."""
     if isinstance(target, Tensor) and traced.output_spec.is_leaf() and traced.results[0][0] == "vertex":
         return {traced.results[0][1]: target}
     try:
         leaves = traced.output_spec.flatten_up_to(target)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"The target must be structured as the module's output: {error}") from None
+        raise ValueError(f"The {what} must be structured as the module's output: {error}") from None
     found = {}
     for (kind, name), leaf in zip(traced.results, leaves, strict=True):
         if kind == "vertex" and leaf is not None:
             found[name] = leaf
         elif kind != "vertex" and isinstance(leaf, Tensor):
-            raise ValueError("The target has a tensor where the module's output carries no gradient; give None there.")
+            raise ValueError(f"The {what} has a tensor where the module's output carries no gradient; give None there.")
     if not found:
-        raise ValueError("The target is None for every output; give a target for at least one.")
+        raise ValueError(f"The {what} is None for every output; give one for at least one.")
     return found
 
 

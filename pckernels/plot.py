@@ -70,6 +70,29 @@ def convergence(
     figure.savefig(path, dpi=120)
 
 
+def gradient_quality(path: str | Path, points: Mapping[str, Mapping[str, tuple[int, float]]]) -> None:
+    """Draw the angle to the true gradient over the cost in products of every method, a panel for each model, as a PNG.
+
+    Args:
+        points: model -> method -> (products, angle in degrees).
+    """
+    figure = blank_figure(6.5 * len(points), 5.5)
+    methods = list(dict.fromkeys(name for found in points.values() for name in found))
+    for axes, (model, found) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
+        for name, (products, angle) in found.items():
+            style = _point_style(methods.index(name))
+            axes.plot([products], [angle], linestyle="none", label=name, **style)
+        axes.set_xscale("log")
+        axes.set_ylim(-4, 94)
+        axes.set_xlabel("products an update")
+        axes.set_ylabel("angle to the gradient, degrees")
+        axes.set_title(model, fontsize="medium")
+        axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def read_metrics(path: str | Path) -> list[dict[str, str]]:
     """The rows of a metrics CSV, as text."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -127,6 +150,11 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
 def _styles() -> list[dict[str, object]]:
     # an exact rule lies on top of backprop: dashes over a wide pale line keep both visible
     return [{"linewidth": 4, "alpha": 0.4}, {"linewidth": 1.4, "linestyle": "--"}]
+
+
+def _point_style(index: int) -> dict[str, object]:
+    # ten colours and eight markers, which repeat at different lengths: no two methods share both
+    return {"color": f"C{index % 10}", "marker": "osD^vPX*"[index % 8], "markersize": 8, "fillstyle": "none"}
 
 
 def blank_figure(width: float, height: float):  # type: ignore[no-untyped-def]

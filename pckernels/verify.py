@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import gradient_quality
 from .coefficients import coefficients
 from .errors import Unsupported
 from .graph import ComputationGraph
@@ -82,10 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=0.1, help="rate of the convergence table, in (0, 2) (default: 0.1)")
     parser.add_argument("--dtype", choices=DTYPES, default="float64", help="precision of the check (default: float64)")
     parser.add_argument("--plot", type=output_path, metavar="FILE", help="draw the convergence; several models: FILE-<model>")
+    parser.add_argument("--gradients", action="store_true", help="compare rules and other ways of learning with the true gradient instead")
     add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.gradients:
+        return gradient_quality.run(args)
     require_steps(args.steps)
     require_fixed_prediction_rate(args.rate)
     cases = [converted(load(name), DTYPES[args.dtype]) for name in args.models or BUILDERS]

@@ -16,8 +16,8 @@ from torch import Tensor
 import pckernels as pck
 from pckernels import dispatch
 from pckernels.backends import reference
-from pckernels.backends.error_optimization import ForwardState
 from pckernels.backends.feedforward import Bound
+from pckernels.backends.forward_state import ForwardState
 from pckernels.backends.learning import LocalUpdates
 from pckernels.backends.state import State
 from pckernels.call import Call

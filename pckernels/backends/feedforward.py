@@ -120,6 +120,7 @@ class Bound:
     ):
         """`held`: what an earlier pass of the same call drew and measured, to be used again; `only`: the vertices to compute."""
         self.graph, self.connected, self.parameters = graph, connected, call.trace.parameters
+        self.clamped = call.clamps.held
         self.environment: dict[str, object] = {**call.tensors, **(held or {})}
         self.dynamics, self.extra = call.dynamics, call.extra
         self.tensors = call.tensors
@@ -186,6 +187,8 @@ class Bound:
 
     def _start(self, local: Local) -> Tensor:
         """Where the children of a vertex start from."""
+        if local.vertex.name in self.clamped:
+            return _leaf(self.clamped[local.vertex.name].over(local.mu), True)
         if not self.connected or not local.mu.requires_grad:
             return _leaf(local.mu, True)
         return local.mu
@@ -202,7 +205,7 @@ class Bound:
 
     def _constant(self, name: str) -> object:
         if name in self.mu:
-            return self.mu[name]
+            return self.leaves[name].detach()
         return self.weights[name] if name in self.weights else self.environment[name]
 
     def local(self, vertex: Vertex, values: Mapping[str, Tensor]) -> Local:

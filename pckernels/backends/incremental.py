@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pckernels.backends.clamped import starting_state
 from pckernels.backends.feedforward import Bound
 from pckernels.backends.learning import learned
 from pckernels.backends.results import Tensors, Trajectory, diverged, outcome, relaxation
@@ -64,8 +65,7 @@ class Weights:
 def descend_together(bound: Bound, call: Call) -> Outcome:
     """T steps of the values and the weights."""
     dynamics, graph = call.dynamics, bound.graph
-    assert call.objective is not None
-    state, weights = State(bound, call.objective), Weights(bound, call)
+    state, weights = starting_state(bound, call), Weights(bound, call)
     start, trajectory = state.losses, Trajectory(state, call.record)
     groups = sweep_groups(graph, dynamics.sweep)
     for _ in range(steps_on(graph, dynamics.steps)):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pckernels.backends.clamped import starting_state
 from pckernels.backends.closed_form import sweep
 from pckernels.backends.error_optimization import optimize_errors
 from pckernels.backends.feedforward import Bound, feedback
@@ -35,12 +36,15 @@ from pckernels.backends.state import State
 from pckernels.backends.weighted_chain import weighted_sweep
 from pckernels.call import Call, Outcome, Snapshot
 from pckernels.errors import Unsupported
+from pckernels.freeing import with_free_inputs
 from pckernels.graph import ComputationGraph
 from pckernels.schedule import error_groups, steps_on, sweep_groups
 
 
 def run(call: Call) -> Outcome:
     """Relax, then learn: the whole of one inference."""
+    if call.clamps.freed:
+        call = replace(call, trace=with_free_inputs(call.trace, frozenset(call.clamps.freed), call.clamps.batch_dim))
     dynamics, graph = call.dynamics, call.trace.graph
     if call.objective is None:
         bound = Bound(graph, call)
@@ -93,7 +97,7 @@ def _descend(bound: Bound, call: Call, beta: float) -> _Phase:
     """T steps of the values; predictions and Jacobians follow at every step."""
     dynamics, graph = call.dynamics, bound.graph
     assert call.objective is not None
-    state = State(bound, call.objective, beta)
+    state = starting_state(bound, call, beta)
     start, trajectory = state.losses, Trajectory(state, call.record)
     groups = sweep_groups(graph, dynamics.sweep)
     resting = Resting(graph, dynamics.tolerance, start) if dynamics.tolerance is not None else None

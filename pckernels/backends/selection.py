@@ -107,6 +107,8 @@ def refusal(call: Call) -> str | None:
     reason = _refusal_of(call.trace)
     if reason is not None:
         return reason
+    if call.clamps:
+        return "it clamps value nodes or frees inputs, which only the reference does"
     if call.record:
         return "record=True keeps every step, which only the reference does"
     if call.objective is not None and not (isinstance(call.objective, Target) and isinstance(call.objective.loss, str)):
@@ -117,6 +119,8 @@ def refusal(call: Call) -> str | None:
         return "a relaxed rule brings errors back, or compares values, by weights of its own, which only the reference does"
     if call.objective is not None and call.extra.weighs_errors:
         return "a vertex has a precision other than 1, which only the reference knows"
+    if isinstance(call.objective, Target) and call.objective.known:
+        return "a target that is known in part is for the reference alone"
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     code = code_of(call)

@@ -52,8 +52,8 @@ class State(Moving):
     value) loses no digits near equilibrium."""
 
     def __init__(self, bound: Bound, objective: Objective, beta: float = 1.0):
-        super().__init__(bound, objective, beta)
         self.displacements: Tensors = {}
+        super().__init__(bound, objective, beta)
         self.errors.update(bound.unrest())
 
     def value(self, name: str) -> Tensor:
@@ -71,11 +71,15 @@ class State(Moving):
     def drives(self, names: Iterable[str]) -> Tensors:
         """-pi_i eps_i + sum over children of (d mu_j / d v_i)^T pi_j eps_j, which is -dF/dv_i, for each vertex of a group."""
         wanted = list(names)
-        totals = {name: -self.bound.weighted(name, self.errors[name]) for name in wanted if name in self.errors}
+        totals = {name: self.own_drive(name) for name in wanted if name in self.errors}
         for child in dict.fromkeys(child for name in wanted for child in self.graph.children[name] if child in self.errors):
             for name, part in feedback(self.locals[child], self.bound.weighted(child, self.errors[child]), wanted).items():
                 totals[name] = totals[name] + part if name in totals else part
         return totals
+
+    def own_drive(self, name: str) -> Tensor:
+        """-dF/dv_i through the vertex's own error."""
+        return -self.bound.weighted(name, self.errors[name])
 
     def move(self, names: Iterable[str], rate: float, momentum: float, mask: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
         """Move the vertices of a group at once, then refresh what that changes. Returns the moves."""
