@@ -41,13 +41,12 @@ class Build:
 
     Attributes:
         name: of its rows, such as "local_update fp32".
-        kernel: the @triton.jit function (or of Gluon: see `gluon`).
+        kernel: the @triton.jit function.
         signature: of each argument that is not a constant, its type, such as "*fp32", "i32", or a tuple of types.
         constants: the constexpr arguments.
         options: of Triton: num_warps, num_stages.
         apart: pointer arguments that need not be multiples of 16 bytes, as all others are that PyTorch allocates.
         mma: whether its products run on tensor cores (True) or must not (False); None: it has none.
-        gluon: the kernel is written in Gluon.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Build:
     options: Mapping[str, int] = field(default_factory=lambda: {"num_warps": 4})
     apart: tuple[str, ...] = ()
     mma: bool | None = None
-    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,18 +87,13 @@ def compile_build(build: Build, architecture: str) -> Result:
 def _source(build: Build) -> Any:
     from triton.compiler import ASTSource
 
-    source: Any = ASTSource
-    if build.gluon:
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        source = GluonASTSource
     names = build.kernel.arg_names
     signature = {name: build.signature.get(name, "constexpr") for name in names}
     missing = [name for name in names if name not in build.signature and name not in build.constants]
     if missing or len(build.signature) + len(build.constants) != len(names):
         raise ValueError(f"{build.name}: signature and constants must name each argument of the kernel once; missing: {missing}.")
     aligned = [path for name, kind in signature.items() if name not in build.apart for path in _pointers(names.index(name), kind)]
-    return source(build.kernel, signature, constexprs=dict(build.constants), attrs={path: [["tt.divisibility", 16]] for path in aligned})
+    return ASTSource(build.kernel, signature, constexprs=dict(build.constants), attrs={path: [["tt.divisibility", 16]] for path in aligned})
 
 
 def _pointers(place: int, kind: Any) -> list[tuple[int, ...]]:
