@@ -140,7 +140,7 @@ def draw(results: list[dict], path: str) -> None:
         ax.set_title(f"{name} parametrisation")
         ax.set_xlabel("epoch")
         ax.axhline(1 / CLASSES, color="grey", lw=0.8, ls=":")
-        ax.legend(loc="lower right")
+        ax.legend(loc="center right")
     axes[0].set_ylabel("test accuracy")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

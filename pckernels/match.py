@@ -1,5 +1,8 @@
 """What other codes do otherwise than their equations, under `PCNetwork(match=...)`: as changes to a rule and to a loss.
 
+- "millidge2020" (arXiv 2006.04182): F has no 1/2, so that the rate and the squared error's part in it are twice what is said; errors of one
+  step before the last; the way back through a vertex with weights, and gradients, clamped to +-50; gradients doubled, and added twice a
+  batch, the second time from what the children send back in place of the errors.
 - "torch2pc" (Rosenbaum 2022, arXiv 2106.13082): weights learn from errors one step old. Strict reads them at the values after the last
   step; with fixed predictions that is one step less. A loss that is a mean over the batch is divided by it before inference.
 - "pcx" (Pinchetti et al. 2025, arXiv 2407.01163): a nudge beta clamps the output to u + beta (y - u), u its feed-forward value, in place of
@@ -22,25 +25,28 @@ from pckernels.losses import Loss
 from pckernels.objective import Objective
 from pckernels.rules import FixedPrediction, Rule, Strict, require_choice
 
-MATCHES = ("torch2pc", "pcx", "whittington2017")
+MATCHES = ("millidge2020", "torch2pc", "pcx", "whittington2017")
+CLAMP = 50.0
 HALVING = 1e-6  # of its run script; divided there by the number of units that are no inputs
 
 
-def check_match(match: Any, rule: Rule, loss: Loss) -> None:
+def check_match(match: Any, rule: Rule, loss: Loss, reduction: str = "sum") -> None:
     """Raise unless `match` is None, or the name of a code that has this rule and this loss."""
     if match is None:
         return
     require_choice("match", match, MATCHES)
-    known = (Strict, FixedPrediction) if match == "torch2pc" else (Strict,)
+    known = {"torch2pc": (Strict, FixedPrediction), "millidge2020": (FixedPrediction,)}.get(match, (Strict,))
     if not isinstance(rule, known):
         names = " and ".join(kind.__name__ for kind in known)
         raise ValueError(
             f"match={match!r} is of a code that has {names}, and not {type(rule).__name__}. Use such a rule, or leave match out."
         )
-    if match != "torch2pc" and loss != "squared_error":
+    if match in ("pcx", "whittington2017") and loss != "squared_error":
         raise ValueError(
             f'match={match!r} is of a code whose outputs are clamped to targets. Use loss="squared_error", or leave match out.'
         )
+    if match == "millidge2020" and reduction != "sum":
+        raise ValueError('match="millidge2020" is of a code that sums gradients over the batch, and clamps the sum. Use reduction="sum".')
     _check_options(match, rule)
 
 
@@ -56,8 +62,10 @@ def _check_options(match: str, rule: Rule) -> None:
     if dynamics.momentum or dynamics.sweep != "jacobi" or dynamics.tolerance is not None or dynamics.is_nudged or dynamics.nested:
         text = "has no momentum, sweep, tolerance, nudge or order of its own"
         raise ValueError(f"match={match!r} is of a code that {text}. Leave these at their defaults, or leave match out.")
-    if match == "torch2pc" and dynamics.steps == 0:
-        raise ValueError("Torch2PC takes at least one step: its errors are those of before the last. Use steps=1 or more.")
+    if match in ("millidge2020", "torch2pc") and dynamics.steps == 0:
+        raise ValueError(f"match={match!r} takes at least one step: the errors are those of before the last. Use steps=1 or more.")
+    if match == "millidge2020" and not dynamics.rate < 1.0:
+        raise ValueError(f"match={match!r} doubles the rate, which must then be below 2; got {dynamics.rate:g}. Use a rate below 1.")
 
 
 class Matched:
@@ -70,19 +78,27 @@ class Matched:
         reported: by what the sum of the losses divides to give `inference.loss`.
     """
 
-    def __init__(self, match: str | None, rule: Rule, reduction: str, size: int | None):
+    def __init__(self, match: str | None, rule: Rule, reduction: str, size: int | None, loss: Loss):
         self.match = match
         self.rule = rule.dynamics
         self.divisor = (size or 1) if reduction == "mean" else 1
         self.reported: float = self.divisor
         self.factor = 1.0
         self.pull = 1.0
-        if match == "torch2pc":
+        if match == "millidge2020":
+            self._millidge2020(loss)
+        elif match == "torch2pc":
             self._torch2pc()
         elif match == "pcx":
             self._pcx()
         elif match == "whittington2017":
             self.rule = replace(self.rule, halving=HALVING)
+
+    def _millidge2020(self, loss: Loss) -> None:
+        assert self.rule.steps is not None
+        self.rule = replace(self.rule, steps=self.rule.steps - 1, rate=2.0 * self.rule.rate, closed_form=False, clamp=CLAMP)
+        self.pull = 2.0 if loss == "squared_error" else 1.0
+        self.reported *= self.pull
 
     def _torch2pc(self) -> None:
         if self.rule.moves == "errors":

@@ -54,7 +54,8 @@ class PCNetwork(nn.Module):
             a dict from names of hidden vertices to numbers or tensors (broadcast over a sample), each > 0. "learned", for all or in the
             dict: one number for the vertex, kept as its logarithm, which learns as F has -1/2 log pi_i for each of its elements.
             From a feed-forward start with few steps errors are small, and learned precisions grow without bound: fix them then.
-        match: "torch2pc", "pcx" or "whittington2017": do as that code does where it differs from the equations (match.py says how).
+        match: "millidge2020", "torch2pc", "pcx" or "whittington2017": do as that code does where it differs from the equations
+            (match.py says how).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -91,7 +92,7 @@ class PCNetwork(nn.Module):
             raise ValueError(f"batch_dim must be 0 or more; got {batch_dim}.")
         dispatch.check_backend(backend)
         check_precision(precision)
-        check_match(match, rule, loss)
+        check_match(match, rule, loss, reduction)
         inner = _unwrapped(module)
         check_value_nodes(value_nodes, [name for name, _ in inner.named_modules()])
         self._adopt(module)
@@ -354,8 +355,8 @@ class PCNetwork(nn.Module):
             traced = self._trace(arguments)
             known = wish.target_mask
             objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync", known)
-            check_match(self.match, self.rule, self.loss)
-            matched = Matched(self.match, self.rule, self.reduction, arguments.size)
+            check_match(self.match, self.rule, self.loss, self.reduction)
+            matched = Matched(self.match, self.rule, self.reduction, arguments.size, self.loss)
             pull, divisor = matched.objective(objective), matched.divisor
             extra, clamps = self._bind_extra(traced, arguments), wish.clamps(traced, arguments, self.rule)
             tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale * matched.factor / divisor

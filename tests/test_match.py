@@ -38,6 +38,8 @@ def pull(layer: nn.Module, v: Tensor, eps: Tensor) -> Tensor:
 def taught(module: nn.Sequential, v: list[Tensor], eps: list[Tensor]) -> dict[str, Tensor]:
     found = {}
     for k, layer in enumerate(module):
+        if not list(layer.parameters()):
+            continue
         grads = torch.autograd.grad(layer(v[k].detach()), list(layer.parameters()), eps[k + 1])
         found |= {f"{k}.{name}": g for (name, _), g in zip(layer.named_parameters(), grads, strict=True)}
     return found
@@ -99,6 +101,49 @@ def test_torch2pc(name: str, kind: str, steps: int, reduction: str) -> None:
     plain.zero_grad()
     plain.backward(x, target)
     assert not torch.allclose(module[2][0].weight.grad, expected["2.0.weight"], rtol=1e-6)
+
+
+# Millidge: eps = value - prediction, F without 1/2
+
+
+def clamped_pull(layer: nn.Module, v: Tensor, eps: Tensor) -> Tensor:
+    back = pull(layer, v, eps)
+    return back.clamp(-50, 50) if list(layer.parameters()) else back
+
+
+def millidge(module: nn.Sequential, x: Tensor, at_output: Tensor, rate: float, steps: int) -> dict[str, Tensor]:
+    """What is added to each weight at learning rate 1, by two updates."""
+    outs = forward(module, x)
+    mus, eps, predictions = list(outs), [torch.zeros_like(each) for each in outs], [torch.zeros_like(each) for each in outs]
+    eps[-1] = predictions[-1] = at_output
+    for _ in range(steps):
+        for j in reversed(range(1, len(module))):
+            eps[j] = mus[j] - outs[j]
+            predictions[j] = clamped_pull(module[j], outs[j], eps[j + 1])
+            mus[j] = mus[j] - rate * 2 * (eps[j] - predictions[j])
+    first, second = taught(module, outs, eps), taught(module, outs, predictions)
+    return {name: (2 * first[name]).clamp(-50, 50) + (2 * second[name]).clamp(-50, 50) for name in first}
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+@pytest.mark.parametrize("steps", [1, 30])
+@pytest.mark.parametrize("name", ["squared_error", "cross_entropy"])
+def test_millidge2020(name: str, steps: int, size: float) -> None:
+    """With small errors, and with errors that meet the clamps."""
+    module, x, y = blocks()
+    module.insert(2, nn.Flatten())  # a layer without weights, which does not clamp
+    y, target = y * size, y * size if name == "squared_error" else torch.tensor([0, 2, 1, 1, 0])
+    module[-1].weight.data.mul_(size)
+    mu = module(x).detach()
+    at_output = 2 * (y - mu) if name == "squared_error" else nn.functional.one_hot(target, 3) - mu.softmax(1)
+    expected = millidge(module, x, at_output, 0.1, steps)
+    found = network(module, pck.FixedPrediction(steps, 0.1), loss=name, reduction="sum", match="millidge2020")
+    inference = found.backward(x, target)
+    assert any((value.abs() == 50).any() or (value.abs() == 100).any() for value in expected.values()) == (size > 1)
+    for key, p in module.named_parameters():
+        assert torch.allclose(p.grad, -expected[key], rtol=1e-11, atol=1e-14), key
+    if name == "squared_error":
+        assert inference.loss.item() == pytest.approx(0.5 * (mu - y).square().sum().item(), rel=1e-12)
 
 
 # PCX: the output is clamped to u + beta (y - u)
@@ -214,7 +259,10 @@ def test_whittington2017(applied: str, rate: float, most: int, halved: bool, sto
 
 
 BAD = [
-    ({"match": "jpc"}, pck.Strict(3, 0.1), ValueError, "match must be one of 'torch2pc'"),
+    ({"match": "jpc"}, pck.Strict(3, 0.1), ValueError, "match must be one of 'millidge2020', 'torch2pc'"),
+    ({"match": "millidge2020"}, pck.FixedPrediction(3, 0.1), ValueError, "sums gradients over the batch"),
+    ({"match": "millidge2020", "reduction": "sum"}, pck.FixedPrediction(3, 1.2), ValueError, "doubles the rate"),
+    ({"match": "millidge2020", "reduction": "sum"}, pck.Strict(3, 0.1), ValueError, "that has FixedPrediction, and not Strict"),
     ({"match": 3}, pck.Strict(3, 0.1), TypeError, "match must be a str"),
     ({"match": "torch2pc"}, pck.ZeroDivergence(), ValueError, "that has Strict and FixedPrediction, and not ZeroDivergence"),
     ({"match": "pcx"}, pck.FixedPrediction(3, 0.1), ValueError, "that has Strict, and not FixedPrediction"),

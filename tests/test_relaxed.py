@@ -367,3 +367,16 @@ BAD = [
 def test_bad_combinations_are_refused_in_a_sentence(make_rule, error, words) -> None:
     with pytest.raises(error, match=words):
         make_rule()
+
+
+def test_fixed_prediction_forgets_the_error_weights() -> None:
+    """Its errors converge to the same from any start, so error weights leave what the weights learn, at convergence, as it was."""
+    network, x, target = make("error_weights", pck.FixedPrediction(90, 0.5))
+    network.module.double(), network._extra.double()
+    network.backward(x.double(), target.double())
+    found = {name: grad.clone() for name, grad in gradients(network).items()}
+    network.rule = pck.ZeroDivergence()
+    network.zero_grad()
+    network.backward(x.double(), target.double())
+    for name, p in network.module.named_parameters():
+        assert torch.allclose(found[name], p.grad, rtol=1e-10, atol=1e-14), name

@@ -17,10 +17,11 @@ from torch import Tensor
 from pckernels.backends.clamped import starting_state
 from pckernels.backends.closed_form import sweep
 from pckernels.backends.error_optimization import optimize_errors
-from pckernels.backends.feedforward import Bound, feedback
+from pckernels.backends.feedforward import Bound
 from pckernels.backends.halving import HalvedRate
 from pckernels.backends.incremental import descend_together
 from pckernels.backends.learning import Learnt, Lesson, LocalUpdates, learned
+from pckernels.backends.published_code import learned_twice, sent
 from pckernels.backends.results import (
     Frozen,
     Tensors,
@@ -171,12 +172,12 @@ def _arrive(bound: Bound, call: Call) -> Outcome:
     return outcome(bound, call, start, Frozen(bound, arrived, values), torch.stack(energies), None, gradients, history, plan)
 
 
-def _step(frozen: Frozen, names: list[str], rate: float) -> None:
+def _step(frozen: Frozen, names: list[str], rate: float, clamp: float | None = None) -> None:
     """eps_i <- (1 - rate pi_i) eps_i + rate * sum over children of J_j^T pi_j eps_j, all at once."""
     bound, errors = frozen.bound, frozen.errors
     new = {name: (1.0 - rate * bound.precisions.get(name, 1.0)) * errors[name] for name in names if name in errors}
     for child in dict.fromkeys(child for name in names for child in bound.graph.children[name] if child in errors):
-        for name, part in feedback(bound.locals[child], bound.weighted(child, errors[child]), names).items():
+        for name, part in sent(bound.locals[child], bound.weighted(child, errors[child]), names, clamp).items():
             new[name] = new[name] + rate * part if name in new else rate * part
     errors.update(new)
 
@@ -193,11 +194,11 @@ def _relax_errors(bound: Bound, call: Call) -> Outcome:
     states: list[Tensors] = [dict(errors) for _ in range(steps + 1)]
     for group in error_groups(graph, dynamics):
         for t in range(1, steps + 1):
-            _step(frozen, group, dynamics.rate)
+            _step(frozen, group, dynamics.rate, dynamics.clamp)
             squares[t] = energy(squares[t], [bound.whitened(name, frozen.errors[name]) for name in group if name in frozen.errors])
             if call.record:
                 states[t].update({name: frozen.errors[name] for name in group if name in frozen.errors})
-    gradients = learned(bound, call, frozen)
+    gradients = learned(bound, call, frozen) if dynamics.clamp is None else learned_twice(bound, call, frozen.errors)
     history = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
     order = "one time step after the other, " if dynamics.nested else ""
     plan = f"fixed prediction, {order}{steps} steps over {len(graph.hidden)} value nodes{relaxation(dynamics)}"

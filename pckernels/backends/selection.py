@@ -113,7 +113,7 @@ def refusal(call: Call) -> str | None:
         return "record=True keeps every step, which only the reference does"
     if call.objective is not None and not (isinstance(call.objective, Target) and isinstance(call.objective.loss, str)):
         return "a loss of one's own, or as another code has it (match=), is a PyTorch function, which runs in the reference alone"
-    if call.objective is not None and (call.dynamics.stale_errors or call.dynamics.halving is not None):
+    if call.objective is not None and _follows_another_code(call.dynamics):
         return "match= follows another code's ways, which only the reference knows"
     if call.objective is not None and (call.dynamics.has_own_feedback or call.dynamics.has_error_weights):
         return "a relaxed rule brings errors back, or compares values, by weights of its own, which only the reference does"
@@ -125,6 +125,10 @@ def refusal(call: Call) -> str | None:
         return "autocast is on"
     code = code_of(call)
     return code if isinstance(code, str) else None
+
+
+def _follows_another_code(dynamics: Dynamics) -> bool:
+    return dynamics.stale_errors or dynamics.halving is not None or dynamics.clamp is not None
 
 
 @lru_cache(maxsize=64)
