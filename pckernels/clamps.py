@@ -89,7 +89,7 @@ class Wish:
     target_mask: Any = None
 
     def __bool__(self) -> bool:
-        return bool(self.clamp) or bool(self.free) or self.target_mask is not None
+        return _given(self.clamp) or _given(self.free) or self.target_mask is not None
 
     def clamps(self, traced: Trace, arguments: Arguments, rule: Rule) -> Clamps:
         """What these are on one call's graph.
@@ -98,9 +98,9 @@ class Wish:
             TypeError, ValueError: of the wrong type, name, shape, dtype or device.
             Unsupported: the rule does not descend F, or the input cannot be freed.
         """
-        if not self.clamp and not self.free:
+        if not _given(self.clamp) and not _given(self.free):
             return Clamps()
-        _check_rule(rule, bool(self.clamp))
+        _check_rule(rule, _given(self.clamp))
         held = {name: _held(name, given, traced, arguments) for name, given in _mapping(self.clamp).items()}
         freed = {}
         for name, how in _freed(self.free).items():
@@ -114,6 +114,11 @@ class Wish:
 def target_mask(name: str, mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """The part of an output whose target counts, checked."""
     return _mask(f"target_mask of {name!r}", mask, shape, device)
+
+
+def _given(wish: Any) -> bool:
+    """Whether it is anything but None or empty; a tensor, which is a mistake, is something."""
+    return wish is not None and not (isinstance(wish, Mapping | str | list | tuple | set | frozenset) and not wish)
 
 
 def _check_rule(rule: Rule, holds: bool) -> None:
@@ -169,6 +174,8 @@ def _check_hidden(name: Any, traced: Trace) -> None:
 
 
 def _freed(free: Any) -> Mapping[str, Free]:
+    if not _given(free):
+        return {}
     if isinstance(free, str):
         return {free: Free()}
     if isinstance(free, Mapping):

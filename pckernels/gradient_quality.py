@@ -113,7 +113,7 @@ def rules(depth: int) -> dict[str, tuple[Rule, Callable[[Count], int]]]:
         found[f"ErrorOptimization, T = {steps}"] = ErrorOptimization(steps, 0.1), partial(Count.relaxation, steps=steps)
     found["Incremental, T = 20"] = Incremental(20, 0.1, 1e-4), partial(Count.incremental, steps=20)
     found["FixedPrediction, T = 20"] = FixedPrediction(20, 0.1, solver="iterate"), partial(Count.errors, steps=20)
-    found[f"FixedPrediction, rate 1, T = {depth}"] = FixedPrediction(depth, 1.0, solver="iterate"), partial(Count.errors, steps=depth)
+    found["FixedPrediction, rate 1, T = depth"] = FixedPrediction(depth, 1.0, solver="iterate"), partial(Count.errors, steps=depth)
     found["ZeroDivergence"] = ZeroDivergence(), lambda count: count.backprop
     return found
 

@@ -6,6 +6,7 @@ Nothing here computes: curves come from the CSV files that training wrote, conve
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import Unsupported
 
@@ -91,6 +92,67 @@ def gradient_quality(path: str | Path, points: Mapping[str, Mapping[str, tuple[i
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def accuracies(path: str | Path, found: Mapping[str, Sequence[float]], title: str = "") -> None:
+    """Draw the accuracy of every run of each learner as a dot, and their mean as a line, as a PNG; the first learner's mean goes through.
+
+    Args:
+        found: learner -> accuracies in [0, 1], one for each seed.
+    """
+    figure = _figure(7.5, 1.5 + 0.35 * len(found))
+    axes = figure.subplots()
+    for row, values in enumerate(found.values()):
+        axes.plot([100 * value for value in values], [row] * len(values), "o", color="C0", fillstyle="none", markersize=6)
+        mean = 100 * sum(values) / len(values)
+        axes.plot([mean, mean], [row - 0.3, row + 0.3], color="C3", linewidth=2)
+        if row == 0:
+            axes.axvline(mean, color="C3", linewidth=0.8, alpha=0.5)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, %: a circle for each seed, a bar for the mean")
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=120)
+
+
+def image_rows(path: str | Path, rows: Mapping[str, Sequence[Any]], title: str = "", signed: bool = False) -> None:
+    """Draw rows of grey pictures, each row with its name, as a PNG at `path`.
+
+    Args:
+        rows: name -> pictures (H, W), on one scale from the darkest to the brightest pixel; `signed`: each has its own, with 0 grey.
+    """
+    columns = max(len(pictures) for pictures in rows.values())
+    figure = _figure(2.0 + 0.62 * columns, 0.4 + 0.62 * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    every = [picture for pictures in rows.values() for picture in pictures]
+    low, high = min(float(picture.min()) for picture in every), max(float(picture.max()) for picture in every)
+    for line, (name, pictures) in zip(grid, rows.items(), strict=True):
+        for axes, picture in zip(line, pictures, strict=False):
+            size = float(abs(picture).max())
+            axes.imshow(picture, cmap="gray", vmin=-size if signed else low, vmax=size if signed else high)
+        for axes in line:
+            axes.axis("off")
+        line[0].text(-0.15, 0.5, name, ha="right", va="center", fontsize="small", transform=line[0].transAxes)
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
+def lines(
+    path: str | Path, x: Sequence[float], curves: Mapping[str, Sequence[float]], labels: tuple[str, str] = ("", ""), title: str = ""
+) -> None:
+    """Draw named curves over the same points, from 0 up, as a PNG at `path`; `labels`: of both axes."""
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    for name, values in curves.items():
+        axes.plot(x, values, marker="o", markersize=3, label=name)
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, str]]:

@@ -37,9 +37,10 @@ STEPS = {
     "fixed": {"mlp": 100, "cnn": 100, "rnn": 100, "lstm": 200},
     "strict": dict.fromkeys(MODELS, 20),
     "error_optimization": dict.fromkeys(MODELS, 20),
-    "incremental": dict.fromkeys(MODELS, 20),
+    "incremental": {**dict.fromkeys(MODELS, 20), "mlp": 6},
 }
 RATE = 0.1
+RATES = {("incremental", "mlp"): 0.5}  # where RATE learns more slowly: fewer and larger steps, in half the time
 TEMPERATURES = {"squared_error": 0.05, "cross_entropy": 1.0}
 
 # A run may resume with other values of these: they say where it runs and how far, not what it computes.
@@ -156,7 +157,7 @@ def _rule_defaults(config: TrainConfig) -> dict[str, Any]:
         defaults["over"] = rule
     if "steps" in options:
         defaults["steps"] = STEPS[rule][config.model] if config.steps is None else config.steps
-        defaults["rate"] = RATE if config.rate is None else config.rate
+        defaults["rate"] = RATES.get((rule, config.model), RATE) if config.rate is None else config.rate
     if rule == "incremental" and config.lr is None:
         defaults["lr"] = DEFAULTS[config.model]["lr"] / max(1, defaults["steps"])  # the optimizer takes so many steps a batch
     if "order" in options and config.model in ("rnn", "lstm"):

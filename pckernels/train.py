@@ -54,8 +54,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_rule(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("predictive coding")
     group.add_argument("--rule", choices=tuple(settings.RULES), help="default: fixed, the paper's")
-    group.add_argument("--steps", type=int, metavar="T", help="inference steps (default: fixed 100, lstm 200; others 20)")
-    group.add_argument("--rate", type=float, help="of inference (default: 0.1)")
+    group.add_argument(
+        "--steps", type=int, metavar="T", help="inference steps (default: fixed 100, lstm 200; incremental mlp 6; others 20)"
+    )
+    group.add_argument("--rate", type=float, help="of inference (default: 0.1; incremental mlp 0.5)")
     group.add_argument("--solver", help="closed_form or iterate (fixed), sweep or iterate (zero)")
     group.add_argument("--order", choices=("global", "nested"), help="of fixed; default: nested for rnn and lstm")
     group.add_argument("--momentum", type=float, help="of values or errors (all but fixed and zero)")

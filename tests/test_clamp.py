@@ -233,6 +233,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "an output": ({"clamp": {"output": torch.zeros(4, 3)}}, ValueError, "is an output, which its target clamps. Give target="),
     "an input": ({"clamp": {"x": torch.zeros(4, 5)}}, ValueError, "is an input, which is clamped already. free= lets it move"),
+    "a tensor without a name": ({"clamp": torch.zeros(4, 7)}, TypeError, "clamp must be a dict"),
+    "a mask without a name": ({"free": torch.ones(4, 5)}, TypeError, "free must be an input's name"),
     "a list": ({"clamp": ["inner"]}, TypeError, "clamp must be a dict"),
     "a number": ({"clamp": {"inner": 1.0}}, TypeError, "must be a tensor, or a tuple"),
     "a triple": ({"clamp": {"inner": (1, 2, 3)}}, TypeError, "must be a tensor, or a tuple"),

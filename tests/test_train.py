@@ -118,6 +118,12 @@ def test_the_default_learning_rate_of_incremental_is_shared_among_its_steps():
     assert complete(TrainConfig("mlp", rule="incremental", lr=0.3)).lr == 0.3
 
 
+def test_incremental_takes_fewer_and_larger_steps_on_a_perceptron():
+    found = {model: complete(TrainConfig(model, rule="incremental")) for model in ("mlp", "cnn")}
+    assert {model: (config.steps, config.rate) for model, config in found.items()} == {"mlp": (6, 0.5), "cnn": (20, 0.1)}
+    assert complete(TrainConfig("mlp", rule="incremental", rate=0.2)).rate == 0.2
+
+
 def test_both_learners_leave_metrics_curves_settings_and_json(tmp_path, capsys):
     out, results = tmp_path / "out", tmp_path / "results.json"
     assert run("mlp", "--learner", "both", "--hidden", 8, "--epochs", 2, *SMALL, "--out", out, "--json", results) == 0

@@ -1,9 +1,9 @@
 """The reference backend: the equations of predictive coding, in plain PyTorch. The specification of every other backend.
 
 A vertex i has a value v_i, a prediction mu_i = f_i(v_pa(i); theta_i) and an error eps_i = v_i - mu_i. From the feed-forward
-start every hidden error is 0. Errors that have not yet left 0 are absent from the dictionaries below: that skips exactly
-what the light cone proves to be zero, and a prediction is computed anew only when a parent has moved, which hoists the
-predictions whose parents are all clamped.
+start every hidden error is 0, but where a call holds a value (clamped.py). Errors that have not yet left 0 are absent from the
+dictionaries below: that skips exactly what the light cone proves to be zero, and a prediction is computed anew only when a
+parent has moved, which hoists the predictions whose parents are all clamped.
 """
 
 from __future__ import annotations
