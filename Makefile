@@ -13,7 +13,7 @@ INTERPRET = TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: demo test test-triton bench bench-micro lint format clean
+.PHONY: demo test test-triton bench bench-check bench-micro lint format clean
 
 demo: $(STAMP)
 	$(RUN) -m pckernels train cnn --learner both --epochs 30 --out $(OUT) --overwrite
@@ -35,6 +35,10 @@ test-triton: $(STAMP)
 # Minutes; the report is out/bench/report.html.
 bench: $(STAMP)
 	$(RUN) -m pckernels bench --suite quick --out $(OUT)/bench
+
+# Ratios of the quick suite against the committed ones: fails where one has lost more than a quarter. For a machine with nothing else to do.
+bench-check: $(STAMP)
+	$(RUN) -m pckernels bench --suite quick --check bench/results/cpu.json --out $(OUT)/bench
 
 # Single kernels and the cost of a call, by pytest-benchmark.
 bench-micro: $(STAMP)

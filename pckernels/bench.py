@@ -36,10 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", nargs="+", metavar="RIVAL", help="only these rivals and peers (default: all of each case)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer, and the Python that has it installed")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch and of ours (default: 1)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="after which no new case begins; those left out are named")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare ratios with those of FILE; exit 1 if one has lost over 25%%")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing: take FILE, written by --json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="figures and report.html, with bench.json beside them")
-    parser.add_argument("--tables", type=Path, metavar="FILE", help="rewrite the tables between the marks in FILE, such as bench/README.md")
+    parser.add_argument(
+        "--tables", type=Path, nargs="+", default=[], metavar="FILE", help="rewrite the tables between marks in these files"
+    )
     add_json_argument(parser)
 
 
@@ -82,13 +85,17 @@ def measured(args: argparse.Namespace) -> record.Record:
 
 def _suite(args: argparse.Namespace, cases: list[Case], device: torch.device) -> record.Record:
     began, load = time.monotonic(), machine.load()
+    limit = float("inf") if args.limit is None else args.limit
     chosen = _peers(args)
     setting = Setting(device, args.threads, ceilings.measure(device), tuple(args.against) if args.against else None, chosen)
-    rows = []
+    rows, left_out = [], []
     with tqdm(cases, unit="case", disable=None, dynamic_ncols=True) as bar:
         for case in bar:
             bar.set_description(case.name[:48])
-            rows.append(run_case(case, setting))
+            if time.monotonic() - began > limit:
+                left_out.append(case.name)
+            else:
+                rows.append(run_case(case, setting))
     whole = not args.case
     after = machine.load()
     return {
@@ -99,6 +106,7 @@ def _suite(args: argparse.Namespace, cases: list[Case], device: torch.device) ->
         "load": {"before": load, "after": after, "other_work": machine.other_work(load, after, args.threads)},
         "ceilings": vars(setting.ceilings),
         "cases": rows,
+        "left_out": left_out,
         "curves": _curves(setting, args.suite) if whole else {},
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -124,8 +132,8 @@ def _peers(args: argparse.Namespace) -> dict[str, str]:
 def _write(args: argparse.Namespace, found: record.Record) -> None:
     if args.json:
         write_json(args.json, found)
-    if args.tables:
-        tables.rewrite(args.tables, found)
+    for file in args.tables:
+        tables.rewrite(file, found)
     if args.out:
         from pckernels.benchmarks import page
 

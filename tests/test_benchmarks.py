@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,21 @@ import torch
 import pckernels as pck
 from pckernels import bench
 from pckernels.backends import host, selection
-from pckernels.benchmarks import ceilings, contenders, curves, eager, guard, ledger, models, page, record, runner, tables, verification
+from pckernels.benchmarks import (
+    ceilings,
+    contenders,
+    curves,
+    eager,
+    guard,
+    ledger,
+    models,
+    page,
+    peers,
+    record,
+    runner,
+    tables,
+    verification,
+)
 from pckernels.benchmarks.cases import EXACT, GPU, SUITES, Case, strict, suite
 from pckernels.cli import main
 
@@ -351,6 +366,50 @@ def test_only_the_rivals_that_are_asked_for_take_part(small_suite, tmp_path):
         assert [c["name"] for c in case["contenders"]] == ["host", "loop"]
 
 
+# Peers, each in a process of its own
+
+SCRIPT = """
+import json, sys, numpy as np, torch
+from pckernels.benchmarks import eager, models
+data = np.load(sys.argv[1])
+task = json.loads(str(data["task"]))
+module = models.mlp((12, 20, 16, 3)).build()
+with torch.no_grad():
+    for k, parameter in enumerate(module.parameters()):
+        parameter.copy_(torch.from_numpy(data[f"weight{k}"]))
+found = eager.mlp(module, torch.from_numpy(data["x"]), torch.from_numpy(data["target"]), task["steps"], task["rate"])
+gradients = {f"gradient{k}": FACTOR * g.numpy() for k, g in enumerate(found)}
+np.savez(sys.argv[2], times=np.array([1.0, 2.0, 3.0]), versions="peer 1.0", **gradients)
+"""
+
+
+@pytest.mark.parametrize(("script", "words"), [("1.1", "away from its float64 oracle"), ("broken", "NameError"), ("1.0", "")])
+def test_a_peer_is_timed_only_if_it_computes_the_same(tmp_path, monkeypatch, script, words):
+    (tmp_path / "run_pcx.py").write_text(SCRIPT.replace("FACTOR", script))
+    monkeypatch.setattr(peers, "SCRIPTS", tmp_path)
+    row = runner.run(small_case(peers=True), replace(SETTING, peers={"pcx": sys.executable}))
+    found = record.contender(row, "pcx")
+    if words:
+        assert found is None and words in row["not_here"]["pcx"]
+    else:
+        assert found["ms"]["median"] == 2.0 and "peer 1.0" in found["plan"]
+        assert any(r["other"] == "pcx" for r in row["ratios"])
+
+
+def test_a_peer_that_is_not_there_is_named_with_the_reason():
+    row = runner.run(small_case(peers=True), replace(SETTING, peers={"pcx": "no-such-python"}))
+    assert "did not answer" in row["not_here"]["pcx"]
+    row = runner.run(small_case(peers=True, rule=EXACT), replace(SETTING, peers={"pcx": sys.executable}))
+    assert "perceptrons" in row["not_here"]["pcx"]
+
+
+def test_no_case_begins_after_the_limit(small_suite, tmp_path, capsys):
+    assert main(["bench", "--limit", "0", "--json", str(tmp_path / "b.json")]) == 0
+    found = record.read(tmp_path / "b.json")
+    assert found["cases"] == [] and len(found["left_out"]) == 2
+    assert "LEFT OUT" in capsys.readouterr().out
+
+
 # The guard
 
 
@@ -380,7 +439,7 @@ def test_the_guard_fails_where_a_ratio_has_gone_or_is_not_a_number():
     assert guard.verdict(committed, fresh)[0] is False
     fresh["cases"][0] = {"name": "case", "contenders": [], "ratios": []}
     good, lines = guard.verdict(committed, fresh)
-    assert not good and "GONE  case: host / loop" in lines
+    assert not good and "GONE  case: host" in lines
     assert guard.verdict(fabricated(0.5), fabricated(float("nan")))[0] is False
     with pytest.raises(ValueError, match="no ratio in common"):
         guard.verdict(fabricated(0.5), {**fabricated(0.5), "cases": []})
@@ -394,3 +453,20 @@ def test_the_guard_is_the_exit_code_of_the_command(tmp_path, monkeypatch, capsys
         monkeypatch.setattr(bench, "measured", lambda args, now=now: fabricated(now))
         assert main(["bench", "--check", str(tmp_path / "before.json")]) == code
     assert "LOST" in capsys.readouterr().out
+
+
+# What is committed
+
+
+@pytest.mark.parametrize("name", ["README.md", "bench/README.md"])
+def test_tables_are_those_of_the_committed_run(name):
+    content = (ROOT / name).read_text(encoding="utf-8")
+    assert tables.rewritten(content, record.read(ROOT / "bench" / "results" / "cpu.json")) == content
+
+
+def test_the_committed_run_guards_every_goal_of_the_quick_suite():
+    committed = record.read(ROOT / "bench" / "results" / "cpu.json")
+    with_goals = {case.name for case in suite("quick") if any(goal.startswith("host") for goal in case.goals)}
+    assert with_goals <= {case["name"] for case in record.timed(committed)}
+    good, lines = guard.verdict(committed, committed)
+    assert good and len(lines) > 20

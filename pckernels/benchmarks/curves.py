@@ -17,7 +17,7 @@ from pckernels.benchmarks import timing
 from pckernels.benchmarks.cases import EXACT, PAPER_MLP, RATE, rule_name, strict
 from pckernels.benchmarks.ledger import ledger
 from pckernels.benchmarks.models import Model
-from pckernels.benchmarks.runner import HOST_LANES, Setting
+from pckernels.benchmarks.runner import Setting, tile_of
 from pckernels.benchmarks.verification import autograd_gradients, gradients_of, require_agreement, whole_distance
 from pckernels.dispatch import backends
 from pckernels.network import PCNetwork
@@ -82,15 +82,16 @@ def slope(setting: Setting, seconds: float) -> dict[str, Any]:
     bend = max(abs(times[T] - start - measured * T) / times[T] for T in times)
     code = selection.code_for(networks[SLOPE_STEPS[0]].trace(x), strict(SLOPE_STEPS[0]).dynamics, BATCH)
     assert not isinstance(code, str), code
-    step = ledger(code, BATCH, HOST_LANES).step
+    tile, resident = tile_of(code, BATCH, setting.device)
+    step = ledger(code, BATCH, tile).step
     return {
         "model": PAPER_MLP.name,
         "batch": BATCH,
         "ms": {str(T): ms for T, ms in times.items()},
         "ms_a_step": measured,
         "bend": bend,
-        "in_turn_ms_a_step": setting.ceilings.in_turn(step, False),
-        "floor_ms_a_step": setting.ceilings.floor(step, False),
+        "in_turn_ms_a_step": setting.ceilings.in_turn(step, resident),
+        "floor_ms_a_step": setting.ceilings.floor(step, resident),
     }
 
 

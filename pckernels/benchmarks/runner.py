@@ -162,7 +162,7 @@ def _ratio(case: Case, ours: Row, other: Row, times: Mapping[str, Sequence[float
 
 
 def _add_peers(row: Row, case: Case, arena: Arena, verified: Verified, setting: Setting) -> None:
-    for name, python in (setting.peers or {}).items():
+    for name, python in (setting.peers or {}).items() if case.peers else ():
         try:
             row["contenders"].append(peers.run(name, python, case, arena.module, arena.x, arena.target, verified.oracles.rule))
         except (peers.Refused, Disagreement) as error:
@@ -182,7 +182,7 @@ def _ledger(case: Case, arena: Arena, setting: Setting) -> Row | None:
     code = compiled_of(case, arena)
     if isinstance(code, str):
         return None
-    tile, resident = _tile(code, case.batch, setting.device)
+    tile, resident = tile_of(code, case.batch, setting.device)
     found = ceilings.report(ledger(code, case.batch, tile), setting.ceilings, resident)
     return {**found, "tile": tile, "resident": resident, "products_alone_ms": ceilings.products_alone(code, case.batch, setting.device)}
 
@@ -190,7 +190,7 @@ def _ledger(case: Case, arena: Arena, setting: Setting) -> Row | None:
 HOST_LANES = 16  # samples that the host engine puts into one row
 
 
-def _tile(code: Compiled, batch: int, device: torch.device) -> tuple[int, bool]:
+def tile_of(code: Compiled, batch: int, device: torch.device) -> tuple[int, bool]:
     """Samples that share a reading of a weight, and whether weights stay on the chip."""
     if device.type != "cuda":
         return (1 if batch == 1 else HOST_LANES), False

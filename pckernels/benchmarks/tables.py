@@ -119,6 +119,7 @@ def summary(record: Record) -> str:
     if targets(record)[1]:
         parts.append(text(targets(record)))
     parts += [f"REFUSED  {case['refused']}" for case in refused(record)]
+    parts += [f"LEFT OUT, as no time was left: {name}" for name in record["left_out"]]
     return "\n\n".join(parts)
 
 

@@ -11,7 +11,7 @@ import torch
 LEAST, MOST = 5, 200  # rounds
 
 
-def rounds(runs: Mapping[str, Callable[[], object]], seconds: float, device: torch.device, warmup: int = 2) -> dict[str, list[float]]:
+def rounds(runs: Mapping[str, Callable[[], object]], seconds: float, device: torch.device, warmup: int = 1) -> dict[str, list[float]]:
     """Milliseconds of each contender in each round, for about so many seconds, at least LEAST rounds.
 
     A round that is slow for everyone, as at the start, still counts: spread is part of the result.

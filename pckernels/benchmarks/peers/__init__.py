@@ -25,6 +25,7 @@ from pckernels.benchmarks.verification import Gradients, distance, require_agree
 from pckernels.rules import Strict
 
 PEERS = {"pcx": "pcx", "fabricpc": "fabricpc"}  # name -> the module that must be importable
+SCRIPTS = Path(__file__).parent
 TIMEOUT = 300  # seconds
 
 
@@ -77,7 +78,7 @@ def _task(case: Case, module: nn.Module, x: Tensor, target: Tensor) -> dict[str,
 def _answer(name: str, python: str, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
     given, taken = folder / "input.npz", folder / "output.npz"
     np.savez(given, **task)
-    script = Path(__file__).with_name(f"run_{name}.py")
+    script = SCRIPTS / f"run_{name}.py"
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     try:
@@ -85,7 +86,7 @@ def _answer(name: str, python: str, folder: Path, task: dict[str, Any]) -> dict[
             [python, str(script), str(given), str(taken)], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Refused(f"{python} did not answer: {error}") from error
+        raise Refused(f"it did not answer: {error}") from error
     if done.returncode:
         raise Refused(f"its script failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
     with np.load(taken) as answer:
