@@ -100,7 +100,7 @@ def accuracies(path: str | Path, found: Mapping[str, Sequence[float]], title: st
     Args:
         found: learner -> accuracies in [0, 1], one for each seed.
     """
-    figure = _figure(7.5, 1.5 + 0.35 * len(found))
+    figure = blank_figure(7.5, 1.5 + 0.35 * len(found))
     axes = figure.subplots()
     for row, values in enumerate(found.values()):
         axes.plot([100 * value for value in values], [row] * len(values), "o", color="C0", fillstyle="none", markersize=6)
@@ -123,7 +123,7 @@ def image_rows(path: str | Path, rows: Mapping[str, Sequence[Any]], title: str =
         rows: name -> pictures (H, W), on one scale from the darkest to the brightest pixel; `signed`: each has its own, with 0 grey.
     """
     columns = max(len(pictures) for pictures in rows.values())
-    figure = _figure(2.0 + 0.62 * columns, 0.4 + 0.62 * len(rows))
+    figure = blank_figure(2.0 + 0.62 * columns, 0.4 + 0.62 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     every = [picture for pictures in rows.values() for picture in pictures]
     low, high = min(float(picture.min()) for picture in every), max(float(picture.max()) for picture in every)
@@ -142,7 +142,7 @@ def lines(
     path: str | Path, x: Sequence[float], curves: Mapping[str, Sequence[float]], labels: tuple[str, str] = ("", ""), title: str = ""
 ) -> None:
     """Draw named curves over the same points, from 0 up, as a PNG at `path`; `labels`: of both axes."""
-    figure = _figure(6, 4)
+    figure = blank_figure(6, 4)
     axes = figure.subplots()
     for name, values in curves.items():
         axes.plot(x, values, marker="o", markersize=3, label=name)
