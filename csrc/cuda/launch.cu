@@ -12,10 +12,12 @@ namespace pckernels::cuda {
 namespace {
 
 constexpr int WITHOUT_ASKING = 48 << 10;  // bytes of dynamic shared memory
+constexpr int PORTABLE_CLUSTER = 8;       // blocks
 
 // Functions, not an array: other files' constants may not be initialised yet when this file's are.
 std::vector<TileKernel> tile_kernels() {
-  return {tile_simt_1, tile_simt_2, tile_simt_4, tile_simt_8, tile_simt_16, tile_mma_8, tile_mma_16};
+  return {tile_simt_1,    tile_simt_2,    tile_simt_4,    tile_simt_8,    tile_simt_16,    tile_mma_8,    tile_mma_16,
+          cluster_simt_1, cluster_simt_2, cluster_simt_4, cluster_simt_8, cluster_simt_16, cluster_mma_8, cluster_mma_16};
 }
 
 void must(cudaError_t error, const char* what) {
@@ -27,10 +29,10 @@ void must(cudaError_t error, const char* what) {
   throw std::runtime_error(text);
 }
 
-TileKernel kernel_for(const Cut& cut) {
+TileKernel kernel_for(const Cut& cut, int cluster) {
   const bool tensor = cut.precision != Precision::FP32;
   for (const TileKernel& kernel : tile_kernels()) {
-    if (kernel.lanes == cut.lanes && kernel.tensor == tensor) return kernel;
+    if (kernel.lanes == cut.lanes && kernel.tensor == tensor && kernel.cluster == (cluster > 1)) return kernel;
   }
   std::string known;
   for (const int lanes : lanes_of(tensor)) known += (known.empty() ? "" : ", ") + std::to_string(lanes);
@@ -99,12 +101,16 @@ class Launcher {
   void execute() {
     const bool nothing = layout_.program().instructions.empty() && layout_.energy_count() == 0 && layout_.analysis().learn_size == 0;
     if (nothing) return;  // a program of outer products alone
-    const TileKernel kernel = kernel_for(cut_);
+    const TileKernel kernel = kernel_for(cut_, layout_.cluster());
+    const void* function = reinterpret_cast<const void*>(kernel.function);
     const std::int64_t shared = layout_.shared_bytes(cut_);
     if (shared > INT32_MAX) throw std::invalid_argument("A tile's arena is larger than any shared memory.");
     if (shared > WITHOUT_ASKING) {
-      const void* function = reinterpret_cast<const void*>(kernel.function);
       must(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "reserve shared memory");
+    }
+    const int cluster = layout_.cluster();
+    if (cluster > PORTABLE_CLUSTER) {
+      must(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "allow clusters of this size");
     }
     const Program& program = layout_.program();
     const TileArguments arguments{tables_,
@@ -119,9 +125,16 @@ class Launcher {
                                   program.energies,
                                   static_cast<int>(layout_.analysis().learn_size),
                                   static_cast<int>(layout_.arena_bytes(cut_.lanes)),
-                                  cut_.resident ? layout_.loop_units(cut_.precision) : 0,
+                                  cluster,
+                                  cut_.resident,
                                   cut_.precision};
-    must(launch(kernel.function, dim3(at_.blocks), THREADS, static_cast<std::size_t>(shared), stream_, arguments), "launch execute_tiles");
+    const std::size_t bytes = static_cast<std::size_t>(shared);
+    if (cluster == 1) {
+      must(launch(kernel.function, dim3(at_.blocks), THREADS, bytes, stream_, arguments), "launch execute_tiles");
+    } else {
+      const auto found = launch_clusters(cluster, kernel.function, dim3(at_.blocks), THREADS, bytes, stream_, arguments);
+      must(found, "launch clusters of execute_tiles");
+    }
   }
 
   void multiply() {
@@ -147,7 +160,7 @@ class Launcher {
                                     layout_.product_size(),
                                     at_.blocks,
                                     static_cast<int>(layout_.analysis().learn_size),
-                                    at_.tiles,
+                                    at_.tiles * layout_.cluster(),
                                     layout_.energy_count(),
                                     call_.factor};
     must(launch(finish_kernel, dim3(blocks_for(threads)), THREADS, 0, stream_, arguments), "launch finish");
@@ -170,7 +183,7 @@ std::int64_t Layout::shared_bytes(const Cut& cut) const {
 
 void run(const Layout& layout, const Cut& cut, const Call& call) {
   if (cut.batch <= 0 || cut.batch > INT32_MAX / 2) throw std::invalid_argument("A call has 1 to 2^30 samples.");
-  kernel_for(cut);
+  kernel_for(cut, layout.cluster());
   must(cudaSetDevice(call.device), "take the device");
   Launcher(layout, cut, call).run();
 }
@@ -178,7 +191,7 @@ void run(const Layout& layout, const Cut& cut, const Call& call) {
 std::vector<int> lanes_of(bool tensor) {
   std::vector<int> result;
   for (const TileKernel& kernel : tile_kernels()) {
-    if (kernel.tensor == tensor) result.push_back(kernel.lanes);
+    if (kernel.tensor == tensor && !kernel.cluster) result.push_back(kernel.lanes);
   }
   return result;
 }

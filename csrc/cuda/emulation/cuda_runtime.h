@@ -1,6 +1,6 @@
-// Stands in for CUDA's header when g++ compiles the kernels to run them on the CPU, where no GPU is at hand: a block's threads are fibers
-// that take turns between barriers, in an order drawn at random. It proves indices, barriers and the order of sums; not speed, and not
-// what only hardware has (address spaces, memory order between blocks).
+// Stands in for CUDA's header when g++ compiles the kernels to run them on the CPU, where no GPU is at hand: the threads of a block, or of
+// all blocks of a cluster, are fibers that take turns between barriers, in an order drawn at random. It proves indices, barriers and the
+// order of sums; not speed, and not what only hardware has (address spaces, memory order between blocks).
 #pragma once
 
 #include <cstddef>
@@ -45,8 +45,10 @@ struct Place {
 extern Place place;  // of the fiber that runs
 extern char* shared;
 void meet();                                                // __syncthreads
+void meet_cluster();                                        // all threads of all blocks of a cluster
+const char* of_peer(const void* mine, int rank);            // where block `rank` of the cluster has what this one has at `mine`
 const char* exchange(const void* mine, std::size_t bytes);  // of the 32 threads of a warp, in a row
-void run_blocks(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body);
+void run_blocks(dim3 grid, int cluster, int threads, std::size_t shared_bytes, const std::function<void()>& body);
 }  // namespace emulation
 
 #define threadIdx (emulation::place.thread)
@@ -75,7 +77,7 @@ enum cudaError_t {
   cudaErrorInvalidDeviceFunction,
   cudaErrorMemoryAllocation
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
