@@ -9,7 +9,7 @@ from torch import nn
 
 import pckernels as pck
 from pckernels.backends import cuda
-from pckernels.planner import LANES, TIERS
+from pckernels.planner import LANES, lanes_of, tiers_on
 
 
 def infer(module: nn.Module, rule: pck.rules.Rule, shape: tuple[int, ...], batch: int) -> bool:
@@ -32,9 +32,9 @@ def main() -> int:
         nn.Linear(6, 3),
     )
     good = True
-    for precision, lanes_of in LANES.items():
-        for tier in TIERS:
-            for lanes in lanes_of:
+    for precision in LANES:
+        for tier in tiers_on(cuda.limits(torch.device("cuda", 0))):
+            for lanes in lanes_of(tier, precision):
                 with cuda.options(precision, tier, lanes):
                     good &= infer(mlp, pck.Strict(3, 0.1, momentum=0.5), (7,), lanes + 3)
     with cuda.options(lanes=4):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels.backends import cuda
+from pckernels.planner import tiers_on
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 RULES = {"strict T=20": pck.Strict(20, 0.1), "exact": pck.ZeroDivergence()}
@@ -136,6 +137,23 @@ def measured(model: str, batch: int, seconds: float) -> Iterator[dict[str, Any]]
                 yield {**case, "method": f"{label}, kernels in a CUDA graph", "plan": plan, **milliseconds(captured(kernels), seconds)}
                 if precision == "fp32":
                     yield {**case, "method": f"{label}, backward()", **milliseconds(lambda net=network: net.backward(x, target), seconds)}  # type: ignore[misc]
+    if model.startswith("MLP"):
+        yield from by_tier(module, x, target, case, seconds)
+
+
+def by_tier(module: nn.Module, x: Tensor, target: Tensor, case: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+    """Strict PC on each tier: what the planner should have chosen, and how far its count of cycles is off."""
+    for precision in ("fp32", "bf16"):
+        for tier in tiers_on(cuda.limits(x.device)):
+            method = f"PC strict T=20, {precision}, {tier} tier"
+            with cuda.options(precision, tier):
+                network = pck.PCNetwork(module, RULES["strict T=20"], backend="cuda")
+                try:
+                    plan = network.infer(x, target).plan
+                except pck.Unsupported as refusal:
+                    yield {**case, "method": method, "error": str(refusal)}
+                    continue
+                yield {**case, "method": method, "plan": plan, **milliseconds(captured(kernels_of(network, x, target)), seconds)}
 
 
 def attempted(model: str, batch: int, seconds: float) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels.backends import cuda
-from pckernels.planner import LANES
+from pckernels.planner import CLUSTERS, LANES, LANES_OF_CLUSTERS, TIERS, WITH_CLUSTERS, lanes_of
 
 SUPPORT = pck.backends()["cuda"]
 pytestmark = [
@@ -77,12 +77,45 @@ def test_ragged_widths(width: int) -> None:
     assert_as_good(f"mlp{width}", pck.Strict(8, 0.1), 15)
 
 
-@pytest.mark.parametrize("tier", ["stream", "resident"])
+def skip_without_clusters() -> None:
+    if cuda.limits(torch.device("cuda", 0)).architecture < WITH_CLUSTERS:
+        pytest.skip("this GPU has no clusters of blocks, which begin with compute capability 9.0")
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("lanes", LANES["fp32"])
 def test_every_tier_and_tile(tier: str, lanes: int) -> None:
+    if tier == "cluster":
+        skip_without_clusters()
     with cuda.options(tier=tier, lanes=lanes):
         for name in ("mlp", "mlp10", "skip"):
             assert_as_good(name, pck.Strict(8, 0.1), 33)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("lanes", LANES_OF_CLUSTERS["fp32"])
+def test_every_cluster(cluster: int, lanes: int) -> None:
+    """Of 4 blocks and more, with more tiles than there are clusters at once, too."""
+    skip_without_clusters()
+    widest = "mlp129" if lanes <= 4 else "mlp64"  # that fits
+    with cuda.options(lanes=lanes, cluster=cluster):
+        for name, batch in (("mlp", 1), (widest, 17), ("mlp64", 40 * lanes), ("skip", 15)):
+            assert_as_good(name, pck.Strict(16, 0.05, momentum=0.5), batch)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_clusters_give_the_same_bits_every_time(cluster: int) -> None:
+    """Those of a block alone, but for the energies, which are summed in another order."""
+    skip_without_clusters()
+    _, network = backends.networks("mlp129")
+    x, target = backends.data("mlp129", 300, "squared_error")
+    with cuda.options(tier="stream", lanes=4):
+        alone = on_gpu(network, pck.Strict(64, 0.1), "squared_error", x, target)
+    with cuda.options(cluster=cluster, lanes=4):
+        runs = [on_gpu(network, pck.Strict(64, 0.1), "squared_error", x, target) for _ in range(8)]
+    for run in runs:
+        assert all(torch.equal(run[key], runs[0][key]) for key in run)
+        assert all(torch.equal(run[key], alone[key]) for key in run if not key.startswith(("energy", "loss"))), set(run)
 
 
 def smooth() -> nn.Module:
@@ -91,14 +124,16 @@ def smooth() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 64), nn.Tanh(), nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 3))
 
 
-@pytest.mark.parametrize("tier", ["stream", "resident"])
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize(("precision", "unit"), [("tf32", 2.0**-11), ("bf16", 2.0**-8), ("fp16", 2.0**-11)])
 def test_precisions(tier: str, precision: str, unit: float) -> None:
+    if tier == "cluster":
+        skip_without_clusters()
     network = pck.PCNetwork(smooth(), pck.ZeroDivergence(), backend="reference")
     x, target = backends.data("mlp", 33, "squared_error")
     for rule in (pck.Strict(8, 0.1), pck.ZeroDivergence()):
         exact = backends.run(network, rule, "squared_error", x, target)
-        for lanes in LANES[precision]:
+        for lanes in lanes_of(tier, precision):
             with cuda.options(precision, tier, lanes):
                 rounded = on_gpu(network, rule, "squared_error", x, target)
             off = max(backends.relative(rounded[key], exact[key]) for key in exact if exact[key].norm() > 0)
