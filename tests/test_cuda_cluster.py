@@ -21,7 +21,7 @@ from pckernels.compiler import Compiled
 from pckernels.engine import arguments
 from pckernels.instructions import Code, Instruction, Op, Phase
 from pckernels.memory import Memory
-from pckernels.planner import LANES_OF_CLUSTERS, Limits
+from pckernels.planner import Limits
 from pckernels.sharding import sharded
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("emulator")]
@@ -53,9 +53,9 @@ def test_products(built: Any, positions: int, inputs: int, outputs: int, accumul
         case.store(x, positions * inputs)
         return case
 
-    simt = [cut(lanes, 2) for lanes in LANES_OF_CLUSTERS["fp32"]]
-    tensor = [cut(16, 2, "tf32"), cut(8, 2, "bf16"), cut(16, 4, "fp16")]
-    emulated.check(built, make, [*simt, cut(4, 4), cut(8, 8, blocks=8), cut(1, 16), *tensor], (1, 17))
+    tensor = [cut(16, 2, "tf32"), cut(8, 4, "bf16"), cut(16, 2, "fp16")]
+    emulated.check(built, make, [cut(1, 2), cut(4, 4), cut(16, 2), cut(8, 8, blocks=8), *tensor], (1, 17))
+    emulated.check(built, make, [cut(1, 16)], (2,))
 
 
 @pytest.fixture
