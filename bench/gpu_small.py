@@ -9,7 +9,7 @@ from torch import nn
 
 import pckernels as pck
 from pckernels.backends import cuda
-from pckernels.planner import LANES, TIERS, WGMMA_ARCHITECTURE, WGMMA_LANES
+from pckernels.planner import LANES, lanes_of, products_on, tiers_on
 
 
 def infer(module: nn.Module, rule: pck.rules.Rule, shape: tuple[int, ...], batch: int) -> bool:
@@ -32,16 +32,12 @@ def main() -> int:
         nn.Linear(6, 3),
     )
     good = True
-    for precision, lanes_of in LANES.items():
-        for tier in TIERS:
-            for lanes in lanes_of:
-                with cuda.options(precision, tier, lanes):
-                    good &= infer(mlp, pck.Strict(3, 0.1, momentum=0.5), (7,), lanes + 3)
-    if cuda.limits(torch.device("cuda")).architecture == WGMMA_ARCHITECTURE:
-        for precision in ("tf32", "bf16", "fp16"):
-            for tier in TIERS:
-                for lanes in WGMMA_LANES:
-                    with cuda.options(precision, tier, lanes, "wgmma"):
+    limits = cuda.limits(torch.device("cuda", 0))
+    for precision in LANES:
+        for product in products_on(limits, precision):
+            for tier in tiers_on(limits):
+                for lanes in lanes_of(precision, product, tier):
+                    with cuda.options(precision, tier, lanes, product):
                         good &= infer(mlp, pck.Strict(3, 0.1, momentum=0.5), (7,), lanes + 3)
     with cuda.options(lanes=4):
         good &= infer(cnn, pck.Strict(2, 0.1), (2, 9, 9), 6)

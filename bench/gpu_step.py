@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels.backends import cuda
-from pckernels.planner import WGMMA_ARCHITECTURE
+from pckernels.planner import products_on, tiers_on
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 RULES = {"strict T=20": pck.Strict(20, 0.1), "exact": pck.ZeroDivergence()}
@@ -42,14 +42,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def operands(model: str) -> list[tuple[str, str | None]]:
+def operands(model: str) -> list[tuple[str, str]]:
     """Precisions and products to measure. Those of the small MLP leave room for wgmma's tiles of 32 samples."""
-    if not model.startswith("MLP"):
-        return [("fp32", None)]
-    found: list[tuple[str, str | None]] = [("fp32", None), ("tf32", "mma"), ("bf16", "mma")]
-    if cuda.limits(torch.device("cuda")).architecture == WGMMA_ARCHITECTURE:
-        found += [("tf32", "wgmma"), ("bf16", "wgmma")]
-    return found
+    precisions = ("fp32", "tf32", "bf16") if model.startswith("MLP") else ("fp32",)
+    limits = cuda.limits(torch.device("cuda", 0))
+    return [(precision, product) for precision in precisions for product in products_on(limits, precision)]
 
 
 def milliseconds(run: Callable[[], Any], seconds: float) -> dict[str, float]:
@@ -148,10 +145,27 @@ def measured(model: str, batch: int, seconds: float) -> Iterator[dict[str, Any]]
                 network = pck.PCNetwork(module, rule, backend="cuda")
                 plan = network.infer(x, target).plan
                 kernels = kernels_of(network, x, target)
-                label = f"PC {name}, {precision}{f' {product}' if product else ''}"
+                label = f"PC {name}, {precision} {product}"
                 yield {**case, "method": f"{label}, kernels in a CUDA graph", "plan": plan, **milliseconds(captured(kernels), seconds)}
                 if precision == "fp32":
                     yield {**case, "method": f"{label}, backward()", **milliseconds(lambda net=network: net.backward(x, target), seconds)}  # type: ignore[misc]
+    if model.startswith("MLP"):
+        yield from by_tier(module, x, target, case, seconds)
+
+
+def by_tier(module: nn.Module, x: Tensor, target: Tensor, case: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+    """Strict PC on each tier: what the planner should have chosen, and how far its count of cycles is off."""
+    for precision in ("fp32", "bf16"):
+        for tier in tiers_on(cuda.limits(x.device)):
+            method = f"PC strict T=20, {precision}, {tier} tier"
+            with cuda.options(precision, tier):
+                network = pck.PCNetwork(module, RULES["strict T=20"], backend="cuda")
+                try:
+                    plan = network.infer(x, target).plan
+                except pck.Unsupported as refusal:
+                    yield {**case, "method": method, "error": str(refusal)}
+                    continue
+                yield {**case, "method": method, "plan": plan, **milliseconds(captured(kernels_of(network, x, target)), seconds)}
 
 
 def attempted(model: str, batch: int, seconds: float) -> list[dict[str, Any]]:

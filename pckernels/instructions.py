@@ -75,6 +75,9 @@ class Op(enum.IntEnum):
     # Local updates inside the loop, summed over the samples, added to gradients[slot] times f0.
     CONV_LEARN = 25  #   (C_out, C / groups, kh, kw) += f0 sum a (C_out, OH, OW) (b + c) (C, H, W): a = error, b = input, c = its change
     SUM_LEARN = 26  #    (p1,) += f0 sum of a (p0, p1, p2) over p0 and p2: the bias of a convolution (p0 = 1) or of a product (p2 = 1)
+    # Between the blocks of a cluster, which have an arena each (sharding.py); nothing where there is one.
+    MEET = 27  #         all threads of all blocks
+    GATHER = 28  #       n rows from out on, of positions of p0 rows from row a on: each block copies those that it does not own
 
 
 # Row by row: what happens to a row of n depends on the same row of every operand. A team shares out n rows in one way only, so that of two

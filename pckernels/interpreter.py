@@ -95,6 +95,14 @@ class Machine:
             target, source = self.rows(i.out + block * out_stride, run), self.rows(i.a + block * stride, run)
             target.copy_(i.f[0] * source + (target if i.accumulate else 0.0))
 
+    # Between blocks, which share this one arena
+
+    def _meet(self, i: Instruction, t: int) -> None:
+        pass
+
+    def _gather(self, i: Instruction, t: int) -> None:
+        pass
+
     # Products
 
     def _linear(self, i: Instruction, t: int) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import cuda_emulated
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -42,6 +45,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     monkeypatch.setattr(binding, "allocate", poison)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The emulated CUDA engine. Tests of it stay in one process (xdist_group "emulator"): the first of them compiles it."""
+    return cuda_emulated.module(Path(tmp_path_factory.mktemp("cuda")))
 
 
 SHOWN = "shown"

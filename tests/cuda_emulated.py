@@ -14,6 +14,14 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
+
+from pckernels import dispatch, ops
+from pckernels.backends import cuda
+from pckernels.instructions import Code
+from pckernels.memory import Memory
+from pckernels.planner import Limits
+from pckernels.sharding import sharded
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 
@@ -50,14 +58,21 @@ def aligned(count: int) -> numpy.ndarray:
 
 
 class Engine:
-    """What Case.run takes for an engine: programs run on the emulated kernels, cut as this says."""
+    """What Case.run takes for an engine: programs run on the emulated kernels, cut as this says. `staged`: rows of it, by wgmma."""
 
-    def __init__(self, built: Any, lanes: int, precision: str = "fp32", tier: str = "stream", blocks: int = 0, staged: int = 0):
-        self.built, self.cut = built, (tier, lanes, precision, blocks, "wgmma" if staged else "", staged)
+    def __init__(
+        self, built: Any, lanes: int, precision: str = "fp32", tier: str = "stream", blocks: int = 0, staged: int = 0, cluster: int = 1
+    ):
+        self.built, self.cluster = built, cluster
+        self.cut = (tier, lanes, precision, blocks, "wgmma" if staged else "", staged)
+
+    def prepared(self, code: Code) -> Code:
+        """The code that the blocks execute."""
+        return code if self.cluster == 1 else sharded(code, self.cluster)
 
     def Program(self, **settings: Any) -> Program:  # noqa: N802
         """As the engine's class of this name."""
-        return Program(self.built.Program(**settings), self.cut)
+        return Program(self.built.Program(**settings, cluster=self.cluster), self.cut)
 
 
 class Program:
@@ -82,3 +97,27 @@ class Program:
         memory = (self.tables.ctypes.data, workspace.ctypes.data, size)
         self.program.run(list(weights), list(io), list(gradients), energies, batch, factor, *memory, *self.cut)
         assert (workspace[size:] == 0xFF).all()
+
+
+def install(built: Any, monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
+    """The cuda backend then runs the CPU's tensors on the emulated kernels, planned for a GPU of these limits."""
+    built_for: dict[tuple[int, int], Program] = {}
+
+    def launch(compiled: Any, memory: Memory, batch: int, factor: float) -> None:
+        found = cuda.plan_for(compiled, batch, torch.device("cpu"))
+        assert not isinstance(found, str), found
+        cut = (found.tier, found.lanes, found.precision, found.blocks, found.product, found.staged)
+        key = ops.number_of(compiled), found.cluster
+        if key not in built_for:
+            built_for[key] = Program(cuda.program_of(built, compiled, found.cluster), cut)
+        program = built_for[key]
+        program.cut = cut
+        assert program.program.shared_bytes(*cut[:3], *cut[4:]) == found.shared_bytes
+        pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
+        program.run(*pointers, memory.energies.data_ptr(), batch, factor=factor)
+
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "execute", launch)
+    monkeypatch.setattr(cuda, "limits", lambda device: limits)
+    emulated = dispatch.Backend(dispatch.Support(True, "emulated"), cuda.refusal, lambda call: cuda.run(call))
+    monkeypatch.setitem(dispatch._BACKENDS, "cuda", emulated)

@@ -94,6 +94,7 @@ class Case:
 
 def native_program(native: Any, code: Code, memory: Memory) -> Any:
     """The engine's copy of code whose tensors are those of `memory`; io is (B, elements)."""
+    code = getattr(native, "prepared", lambda found: found)(code)
     words, phases = code.encoded()
     products, coefficients = product_table(code)
     return native.Program(

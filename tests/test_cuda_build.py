@@ -81,7 +81,7 @@ def test_the_arena_is_read_as_shared_memory(compiled: Compiled) -> None:
     """The compiler knows where the arena lies. Weights alone, 16 bytes at a time, may be in shared memory or not."""
     _, ptx = compiled
     for name, text in ptx.items():
-        if name.startswith("tile"):
+        if name.startswith(("tile", "cluster")):
             shared, unknown = (len(re.findall(pattern, text)) for pattern in (r"\bld\.shared", r"\bld\.[fsu]\d"))
             assert shared > 100 and unknown <= 20, (name, shared, unknown)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import cuda_emulated
@@ -14,10 +13,9 @@ from native_case import Case
 from torch import Tensor
 
 import pckernels as pck
-from pckernels import dispatch, ops, planner
+from pckernels import planner
 from pckernels.backends import cuda
 from pckernels.instructions import Instruction, Loss, Op, OuterProduct
-from pckernels.memory import Memory
 from pckernels.planner import LANES, SUM_BYTES, WGMMA_LANES, Choice, Limits
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("emulator")]  # the first of them compiles it
@@ -25,11 +23,6 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("emulator")]  # 
 LIMITS = Limits.of(90, 4)
 # Largest error against float64, relative to the largest entry, for each operand: what rounding both operands of 100 products allows.
 TOLERANCE = {"fp32": 4e-6, "tf32": 4 * 2.0**-11 * 10, "bf16": 4 * 2.0**-8 * 10, "fp16": 4 * 2.0**-11 * 10}
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return cuda_emulated.module(Path(tmp_path_factory.mktemp("cuda")))
 
 
 def check(built: Any, make: Callable[[int], Case], cuts: list[tuple[Any, ...]], batches: tuple[int, ...] = (1, 9, 17)) -> None:
@@ -187,28 +180,10 @@ def test_sums_that_no_barrier_parts(built: Any) -> None:
 
 
 @pytest.fixture
-def backend(built: Any, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(built: Any, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """The cuda backend on the CPU's tensors and the emulated kernels, results poisoned with NaN."""
-    built_for: dict[int, Any] = {}
-
-    def launch(compiled: Any, memory: Memory, batch: int, factor: float) -> None:
-        found = cuda.plan_for(compiled, batch, torch.device("cpu"))
-        assert not isinstance(found, str), found
-        key = ops.number_of(compiled)
-        program = built_for.setdefault(
-            key, cuda_emulated.Program(built.Program(**cuda.arguments(compiled)), ("stream", 8, "fp32", 0, "", 0))
-        )
-        program.cut = (found.tier, found.lanes, found.precision, found.blocks, found.product, found.staged)
-        assert program.program.shared_bytes(*program.cut[:3], *program.cut[4:]) == found.shared_bytes
-        pointers = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.io, memory.gradients))
-        program.run(*pointers, memory.energies.data_ptr(), batch, factor=factor)
-
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "execute", launch)
-    monkeypatch.setattr(cuda, "limits", lambda device: LIMITS)
-    emulated = dispatch.Backend(dispatch.Support(True, "emulated"), cuda.refusal, lambda call: cuda.run(call))
-    monkeypatch.setitem(dispatch._BACKENDS, "cuda", emulated)
-    yield "cuda"
+    cuda_emulated.install(built, monkeypatch, LIMITS)
+    return "cuda"
 
 
 RULES = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels.backends import cuda
-from pckernels.planner import LANES, WGMMA_ARCHITECTURE, WGMMA_LANES, lanes_of
+from pckernels.planner import CLUSTERS, LANES, TIERS, WGMMA_LANES, lanes_of, products_on, tiers_on
 
 SUPPORT = pck.backends()["cuda"]
 pytestmark = [
@@ -77,12 +77,48 @@ def test_ragged_widths(width: int) -> None:
     assert_as_good(f"mlp{width}", pck.Strict(8, 0.1), 15)
 
 
-@pytest.mark.parametrize("tier", ["stream", "resident"])
+def needs(tier: str, product: str = "mma") -> None:
+    limits = cuda.limits(torch.device("cuda", 0))
+    has = f"this GPU has {limits.architecture / 10}"
+    if tier not in tiers_on(limits):
+        pytest.skip(f"clusters of blocks begin with compute capability 9.0; {has}")
+    if product not in products_on(limits, "bf16"):
+        pytest.skip(f"wgmma is an instruction of compute capability 9.0; {has}")
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("lanes", LANES["fp32"])
 def test_every_tier_and_tile(tier: str, lanes: int) -> None:
+    needs(tier)
     with cuda.options(tier=tier, lanes=lanes):
         for name in ("mlp", "mlp10", "skip"):
             assert_as_good(name, pck.Strict(8, 0.1), 33)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("lanes", LANES["fp32"])
+def test_every_cluster(cluster: int, lanes: int) -> None:
+    """Of 4 blocks and more, with more tiles than there are clusters at once, too."""
+    needs("cluster")
+    widest = "mlp129" if lanes <= 4 else "mlp64"  # that fits
+    with cuda.options(lanes=lanes, cluster=cluster):
+        for name, batch in (("mlp", 1), (widest, 17), ("mlp64", 40 * lanes), ("skip", 15)):
+            assert_as_good(name, pck.Strict(16, 0.05, momentum=0.5), batch)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_clusters_give_the_same_bits_every_time(cluster: int) -> None:
+    """Those of a block alone, but for the energies, which are summed in another order."""
+    needs("cluster")
+    _, network = backends.networks("mlp129")
+    x, target = backends.data("mlp129", 300, "squared_error")
+    with cuda.options(tier="stream", lanes=4):
+        alone = on_gpu(network, pck.Strict(64, 0.1), "squared_error", x, target)
+    with cuda.options(cluster=cluster, lanes=4):
+        runs = [on_gpu(network, pck.Strict(64, 0.1), "squared_error", x, target) for _ in range(8)]
+    for run in runs:
+        assert all(torch.equal(run[key], runs[0][key]) for key in run)
+        assert all(torch.equal(run[key], alone[key]) for key in run if not key.startswith(("energy", "loss"))), set(run)
 
 
 def smooth() -> nn.Module:
@@ -92,24 +128,18 @@ def smooth() -> nn.Module:
 
 
 ROUNDED = [("tf32", 2.0**-11), ("bf16", 2.0**-8), ("fp16", 2.0**-11)]
+WAYS = [(tier, product) for tier in TIERS for product in ("mma", "wgmma") if lanes_of("bf16", product, tier)]
 
 
-def needs_wgmma(product: str) -> None:
-    architecture = cuda.limits(torch.device("cuda", 0)).architecture
-    if product == "wgmma" and architecture != WGMMA_ARCHITECTURE:
-        pytest.skip(f"wgmma is an instruction of compute capability 9.0; this GPU has {architecture / 10}")
-
-
-@pytest.mark.parametrize("product", ["mma", "wgmma"])
-@pytest.mark.parametrize("tier", ["stream", "resident"])
+@pytest.mark.parametrize(("tier", "product"), WAYS)
 @pytest.mark.parametrize(("precision", "unit"), ROUNDED)
 def test_precisions(tier: str, precision: str, unit: float, product: str) -> None:
-    needs_wgmma(product)
+    needs(tier, product)
     network = pck.PCNetwork(smooth(), pck.ZeroDivergence(), backend="reference")
     x, target = backends.data("mlp", 33, "squared_error")
     for rule in (pck.Strict(8, 0.1), pck.ZeroDivergence()):
         exact = backends.run(network, rule, "squared_error", x, target)
-        for lanes in lanes_of(precision, product):
+        for lanes in lanes_of(precision, product, tier):
             with cuda.options(precision, tier, lanes, product):
                 rounded = on_gpu(network, rule, "squared_error", x, target)
             off = max(backends.relative(rounded[key], exact[key]) for key in exact if exact[key].norm() > 0)
@@ -120,7 +150,7 @@ def test_precisions(tier: str, precision: str, unit: float, product: str) -> Non
 @pytest.mark.parametrize(("precision", "unit"), ROUNDED)
 def test_warpgroups_multiply_as_warps_do(precision: str, unit: float, lanes: int) -> None:
     """The same rounded operands, added up in another order: products in one piece, in pieces, of ragged sizes, of several time steps."""
-    needs_wgmma("wgmma")
+    needs("stream", "wgmma")
     torch.manual_seed(0)
     deep = pck.PCNetwork(
         nn.Sequential(nn.Linear(700, 100), nn.Tanh(), nn.Linear(100, 33), nn.Tanh(), nn.Linear(33, 3)), pck.ZeroDivergence()

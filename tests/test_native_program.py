@@ -82,6 +82,9 @@ def program(
         (Instruction(Op.LOSS, n=6, out=0, a=0, c=0, slot=0, p=(1, 4)), "not a number of rows"),
         (Instruction(Op.LOSS, n=6, out=0, a=0, c=0, slot=0, slot2=0, p=(0, 0)), "io 0 has 7 elements where 1"),
         (Instruction(Op.SUM_LEARN, a=0, slot=0, p=(1, 7, 1)), "gradient 0 has 6 elements where 7"),
+        (Instruction(Op.GATHER, n=5, out=98, a=98, p=(5,)), "out = rows 98 to 102"),
+        (Instruction(Op.GATHER, n=5, out=16, a=32, p=(5,)), "a = row 32 does not come before"),
+        (Instruction(Op.GATHER, n=5, out=0, a=0, p=(0,)), "p0 = 0 must be positive"),
     ],
 )
 def test_an_operand_outside_of_what_it_names_is_refused(instruction: Instruction, said: str) -> None:

@@ -94,11 +94,13 @@ def test_the_table_of_plans(show: Callable[[str], None]) -> None:
 
 
 def check(found: Plan, code: Code, batch: int, limits: Limits) -> None:
-    weights = sum(panel.bytes(found.precision) for panel in panels(code) if panel.in_loop) if found.tier == "resident" else 0
+    loop = [panel.of_block(found.cluster) for panel in panels(code, found.cluster) if panel.in_loop]
+    weights = 0 if found.tier == "stream" else sum(panel.bytes(found.precision) for panel in loop)
     assert found.shared_bytes == SUM_BYTES + code.rows * found.lanes * 4 + weights <= limits.shared_bytes
     assert (found.product, found.staged) == ("simt", 0)
     assert found.lanes in LANES[found.precision]
-    assert 1 <= found.blocks <= -(-batch // found.lanes)
+    assert found.cluster <= found.blocks <= -(-batch // found.lanes) * found.cluster and found.blocks % found.cluster == 0
+    assert found.blocks <= limits.multiprocessors or found.tier == "stream"
 
 
 def test_shared_memory_of_the_architectures() -> None:
@@ -148,11 +150,44 @@ def test_weights_stay_where_they_fit() -> None:
     assert "weights in shared memory" in found.reason
 
 
+def test_blocks_share_small_batches_and_large_weights() -> None:
+    """784-300-300-10: each of 8 blocks keeps 48 of 300 columns of the hidden weight in both directions, and of the small one's."""
+    mlp_code, limits = code("MLP 784-300-300-10", "strict"), Limits.of(90)
+    found = plan(mlp_code, 64, limits, "bf16", cluster=8, lanes=8)
+    assert isinstance(found, Plan) and (found.tier, found.cluster, found.blocks) == ("cluster", 8, 64)
+    products = {
+        (i.slot, i.op): i.p for phase in mlp_code.phases if phase.last > 0 for i in phase.instructions if i.op in (Op.LINEAR, Op.LINEAR_T)
+    }
+    tiles = 0  # of 16 columns and 16 rows, 512 bytes each
+    for (_, op), (_, inputs, outputs) in products.items():
+        depth, width = (inputs, outputs) if op is Op.LINEAR else (outputs, inputs)
+        tiles += -(-depth // 16) * min(3, -(-width // 16))
+    assert found.shared_bytes == SUM_BYTES + mlp_code.rows * 8 * 4 + tiles * 512
+    assert "8 samples in each of 8 tiles, shared by 8 blocks" in found.reason and "weights in shared memory" in found.reason
+    for batch, tier in ((1, "cluster"), (64, "cluster"), (4096, "stream")):
+        chosen = plan(mlp_code, batch, limits)
+        assert isinstance(chosen, Plan) and chosen.tier == tier, (batch, chosen)
+        assert chosen.cluster in ((2, 4, 8) if tier == "cluster" else (1,))  # 16 has to be asked for
+
+
+def test_where_there_are_no_clusters() -> None:
+    mlp_code = code("MLP 784-300-300-10", "strict")
+    for limits, settings, text in (
+        (Limits.of(80), {"cluster": 8}, "clusters of blocks need compute capability 9.0; this GPU has 8.0"),
+        (Limits.of(90, 8), {"cluster": 16}, "a cluster of 16 blocks needs as many multiprocessors; this GPU has 8"),
+    ):
+        assert text in str(plan(mlp_code, 64, limits, **settings))  # type: ignore[arg-type]
+    assert "this program has CONV, " in str(plan(code("paper's CNN", "strict"), 64, Limits.of(90), tier="cluster"))
+    for limits in (Limits.of(80), Limits.of(90, 1)):
+        found = plan(mlp_code, 64, limits)
+        assert isinstance(found, Plan) and found.cluster == 1
+
+
 def test_a_choice_that_is_none_is_an_error() -> None:
     mlp_code = code("MLP 784-300-300-10", "strict")
     for settings, text in (
         ({"precision": "int8"}, "precision must be one of 'fp32', 'tf32', 'bf16', 'fp16'; got 'int8'"),
-        ({"tier": "cluster"}, "tier must be one of 'stream', 'resident'; got 'cluster'"),
+        ({"tier": "graph"}, "tier must be one of 'stream', 'resident', 'cluster'; got 'graph'"),
         ({"precision": "bf16", "lanes": 4}, "With bf16, lanes must be one of 8, 16; got 4"),
         ({"precision": "bf16", "lanes": 32}, "With bf16, lanes must be one of 8, 16; got 32"),
         ({"precision": "bf16", "lanes": 8, "product": "wgmma"}, "With bf16 and wgmma, lanes must be one of 16, 32; got 8"),
@@ -160,6 +195,11 @@ def test_a_choice_that_is_none_is_an_error() -> None:
         ({"product": "dot"}, "product must be one of 'simt', 'mma', 'wgmma', 'fastest'; got 'dot'"),
         ({"product": "wgmma"}, "With fp32, product must be 'simt'; got 'wgmma'"),
         ({"precision": "tf32", "product": "simt"}, "With tf32, product must be 'mma' or 'wgmma'; got 'simt'"),
+        ({"cluster": 3}, "cluster must be one of 2, 4, 8, 16; got 3"),
+        ({"cluster": 2, "tier": "stream"}, "cluster= is of tier 'cluster'; with tier 'stream' a block has its tile to itself"),
+        ({"precision": "bf16", "tier": "cluster", "product": "wgmma"}, "Product 'wgmma' is of tiers 'stream' and 'resident'; blocks of a"),
+        ({"precision": "bf16", "cluster": 2, "product": "wgmma"}, "blocks of a cluster multiply by 'mma'"),
+        ({"precision": "bf16", "tier": "cluster", "product": "fastest", "lanes": 32}, "With bf16, lanes must be one of 8, 16; got 32"),
     ):
         with pytest.raises(ValueError, match=text):
             plan(mlp_code, 64, Limits.of(90), **settings)  # type: ignore[arg-type]
@@ -196,6 +236,7 @@ def test_the_fastest_product_by_the_count_of_cycles() -> None:
     assert (small.product, small.lanes) == ("wgmma", 32) and large.product == "mma"
     few = plan(code("small MLP", "strict"), 16, Limits.of(90), "bf16", product="fastest")
     assert isinstance(few, Plan) and few.product == "mma"
+    assert with_products("small MLP", "strict", "fastest", tier="cluster").product == "mma"
 
 
 def test_the_staging_buffer_is_what_there_is_room_for() -> None:

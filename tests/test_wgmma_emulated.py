@@ -31,7 +31,7 @@ def run(program: Path, flaw: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_product_is_the_plain_one(program: Path) -> None:
-    """Bit for bit, of whole numbers, with 16 and 32 columns, in three formats and three layouts of B."""
+    """Bit for bit, of whole numbers, with 16 and 32 columns, in three formats and three layouts of B, by both blocks of a cluster."""
     done = run(program, "none")
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 

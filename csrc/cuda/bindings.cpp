@@ -56,9 +56,12 @@ Precision precision_of(const std::string& name) {
   throw py::value_error("precision must be 'fp32', 'tf32', 'bf16' or 'fp16'; got '" + name + "'.");
 }
 
-bool is_resident(const std::string& tier) {
-  if (tier != "stream" && tier != "resident") throw py::value_error("tier must be 'stream' or 'resident'; got '" + tier + "'.");
-  return tier == "resident";
+bool is_resident(const std::string& tier, int cluster) {
+  const bool known = cluster > 1 ? tier == "cluster" : tier == "stream" || tier == "resident";
+  if (!known) {
+    throw py::value_error("tier must be 'stream' or 'resident', or 'cluster' for a program that several blocks share; got '" + tier + "'.");
+  }
+  return tier != "stream";
 }
 
 // '': the one that needs no staging buffer.
@@ -70,32 +73,26 @@ Product product_of(const std::string& name, Precision precision) {
   throw py::value_error("product must be 'simt', 'mma' or 'wgmma'; got '" + name + "'.");
 }
 
-Cut cut_of(std::int64_t batch, const std::string& tier, int lanes, const std::string& precision, int blocks, const std::string& product,
-           int staged) {
-  if (lanes < 1) throw py::value_error("lanes must be positive.");
-  const Precision operands = precision_of(precision);
-  return {batch, lanes, blocks, is_resident(tier), operands, product_of(product, operands), staged};
-}
-
 class PyProgram {
  public:
   PyProgram(const py::buffer& words, const py::buffer& phases, const py::buffer& products, const py::buffer& coefficients, int rows,
             const std::vector<std::pair<std::int64_t, std::int64_t>>& weights, std::vector<std::int64_t> io,
-            std::vector<std::int64_t> gradients, int steps, int energies)
+            std::vector<std::int64_t> gradients, int steps, int energies, int cluster)
       : layout_(Program{structs<Instruction>(words, "words"), structs<Phase>(phases, "phases"), structs<OuterProduct>(products, "products"),
                         structs<float>(coefficients, "coefficients"), rows, sizes(weights), std::move(io), std::move(gradients), steps,
-                        energies}) {}
+                        energies},
+                cluster) {}
 
   py::bytes tables() const { return py::bytes(layout_.table_bytes().data(), layout_.table_bytes().size()); }
 
   std::int64_t workspace_bytes(std::int64_t batch, const std::string& tier, int lanes, const std::string& precision, int blocks,
                                const std::string& product, int staged) const {
-    return layout_.workspace(cut_of(batch, tier, lanes, precision, blocks, product, staged)).bytes;
+    return layout_.workspace(cut(batch, tier, lanes, precision, blocks, product, staged)).bytes;
   }
 
   std::int64_t shared_bytes(const std::string& tier, int lanes, const std::string& precision, const std::string& product,
                             int staged) const {
-    return layout_.shared_bytes(cut_of(1, tier, lanes, precision, 0, product, staged));
+    return layout_.shared_bytes(cut(1, tier, lanes, precision, 0, product, staged));
   }
 
   void run(const std::vector<std::uintptr_t>& weights, const std::vector<std::uintptr_t>& io, const std::vector<std::uintptr_t>& gradients,
@@ -116,12 +113,19 @@ class PyProgram {
                     factor,
                     device,
                     stream};
-    const Cut cut = cut_of(batch, tier, lanes, precision, blocks, product, staged);
+    const Cut found = cut(batch, tier, lanes, precision, blocks, product, staged);
     const py::gil_scoped_release release;
-    cuda::run(layout_, cut, call);
+    cuda::run(layout_, found, call);
   }
 
  private:
+  Cut cut(std::int64_t batch, const std::string& tier, int lanes, const std::string& precision, int blocks, const std::string& product,
+          int staged) const {
+    if (lanes < 1) throw py::value_error("lanes must be positive.");
+    const Precision operands = precision_of(precision);
+    return {batch, lanes, blocks, is_resident(tier, layout_.cluster()), operands, product_of(product, operands), staged};
+  }
+
   const Layout layout_;
 };
 
@@ -144,9 +148,10 @@ PYBIND11_MODULE(PCK_MODULE, module) {
   py::class_<PyProgram>(module, "Program")
       .def(py::init<const py::buffer&, const py::buffer&, const py::buffer&, const py::buffer&, int,
                     const std::vector<std::pair<std::int64_t, std::int64_t>>&, std::vector<std::int64_t>, std::vector<std::int64_t>, int,
-                    int>(),
+                    int, int>(),
            py::arg("words"), py::arg("phases"), py::arg("products"), py::arg("coefficients"), py::arg("rows"), py::arg("weights"),
-           py::arg("io"), py::arg("gradients"), py::arg("steps"), py::arg("energies"), "As pckernels._native.Program.")
+           py::arg("io"), py::arg("gradients"), py::arg("steps"), py::arg("energies"), py::arg("cluster") = 1,
+           "As pckernels._native.Program. cluster: blocks that execute a tile together; more than one for code that is sharded over them.")
       .def("tables", &PyProgram::tables, "What has to lie in the device's memory, 256-byte aligned, for run().")
       .def("workspace_bytes", &PyProgram::workspace_bytes, py::arg("batch"), py::arg("tier"), py::arg("lanes"),
            py::arg("precision") = "fp32", py::arg("blocks") = 0, py::arg("product") = "", py::arg("staged") = 0,

@@ -8,15 +8,12 @@
 
 namespace pckernels::cuda {
 
-// Code for other architectures, and PTX that a driver would translate for a newer one, cannot hold these instructions: there the kernels
-// that need them stop, and the launcher does not launch them.
+// Code for other architectures, and PTX that a driver would translate for a newer one, cannot hold these instructions.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool HAS_WGMMA = true;
 #else
 constexpr bool HAS_WGMMA = false;
 #endif
-
-__device__ __forceinline__ void stop() { __trap(); }
 
 // An address in shared memory as a descriptor names it.
 __device__ __forceinline__ std::uint32_t shared_address(const void* generic) {

@@ -16,10 +16,12 @@ namespace pckernels::cuda {
 namespace {
 
 constexpr int WITHOUT_ASKING = 48 << 10;  // bytes of dynamic shared memory
+constexpr int PORTABLE_CLUSTER = 8;       // blocks
 
 // Functions, not an array: other files' constants may not be initialised yet when this file's are.
 std::vector<TileKernel> tile_kernels() {
-  return {tile_simt_1, tile_simt_2, tile_simt_4, tile_simt_8, tile_simt_16, tile_mma_8, tile_mma_16, tile_wgmma_16, tile_wgmma_32};
+  return {tile_simt_1,   tile_simt_2,    tile_simt_4,    tile_simt_8,    tile_simt_16,   tile_mma_8,      tile_mma_16,   tile_wgmma_16,
+          tile_wgmma_32, cluster_simt_1, cluster_simt_2, cluster_simt_4, cluster_simt_8, cluster_simt_16, cluster_mma_8, cluster_mma_16};
 }
 
 void must(cudaError_t error, const char* what) {
@@ -31,9 +33,9 @@ void must(cudaError_t error, const char* what) {
   throw std::runtime_error(text);
 }
 
-TileKernel kernel_for(const Cut& cut) {
+TileKernel kernel_for(const Cut& cut, int cluster) {
   for (const TileKernel& kernel : tile_kernels()) {
-    if (kernel.lanes == cut.lanes && kernel.product == cut.product) return kernel;
+    if (kernel.lanes == cut.lanes && kernel.product == cut.product && kernel.cluster == (cluster > 1)) return kernel;
   }
   std::string known;
   for (const int lanes : lanes_of(cut.product)) known += (known.empty() ? "" : ", ") + std::to_string(lanes);
@@ -41,8 +43,8 @@ TileKernel kernel_for(const Cut& cut) {
                               " samples in a tile at this precision; there are those with " + known + ".");
 }
 
-// wgmma is an instruction of compute capability 9.0 alone, and of code that was compiled for sm_90a.
-void check_product(const Cut& cut, int device) {
+// wgmma is an instruction of compute capability 9.0 alone, and of code that was compiled for sm_90a; its kernels are for a block alone.
+void check_product(const Cut& cut, int cluster, int device) {
   if ((cut.precision == Precision::FP32) != (cut.product == Product::SIMT)) {
     throw std::invalid_argument("Products of operands in fp32 are simt, those of other operands mma or wgmma.");
   }
@@ -52,6 +54,7 @@ void check_product(const Cut& cut, int device) {
                                 std::to_string(cut.staged) + ".");
   }
   if (!staged) return;
+  if (cluster > 1) throw std::invalid_argument("Blocks of a cluster multiply by simt or mma, not by wgmma.");
   int major = 0, minor = 0;
   must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "read the compute capability");
   must(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "read the compute capability");
@@ -123,12 +126,16 @@ class Launcher {
   void execute() {
     const bool nothing = layout_.program().instructions.empty() && layout_.energy_count() == 0 && layout_.analysis().learn_size == 0;
     if (nothing) return;  // a program of outer products alone
-    const TileKernel kernel = kernel_for(cut_);
+    const int cluster = layout_.cluster();
+    const TileKernel kernel = kernel_for(cut_, cluster);
+    const void* function = reinterpret_cast<const void*>(kernel.function);
     const std::int64_t shared = layout_.shared_bytes(cut_);
     if (shared > INT32_MAX) throw std::invalid_argument("A tile's arena is larger than any shared memory.");
     if (shared > WITHOUT_ASKING) {
-      const void* function = reinterpret_cast<const void*>(kernel.function);
       must(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "reserve shared memory");
+    }
+    if (cluster > PORTABLE_CLUSTER) {
+      must(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "allow clusters of this size");
     }
     const Program& program = layout_.program();
     const TileArguments arguments{tables_,
@@ -143,10 +150,17 @@ class Launcher {
                                   program.energies,
                                   static_cast<int>(layout_.analysis().learn_size),
                                   static_cast<int>(layout_.arena_bytes(cut_.lanes)),
-                                  cut_.resident ? layout_.loop_units(cut_.precision) : 0,
+                                  cluster,
+                                  cut_.resident,
                                   cut_.precision,
                                   cut_.staged};
-    must(launch(kernel.function, dim3(at_.blocks), THREADS, static_cast<std::size_t>(shared), stream_, arguments), "launch execute_tiles");
+    const std::size_t bytes = static_cast<std::size_t>(shared);
+    if (cluster == 1) {
+      must(launch(kernel.function, dim3(at_.blocks), THREADS, bytes, stream_, arguments), "launch execute_tiles");
+    } else {
+      const auto found = launch_clusters(cluster, kernel.function, dim3(at_.blocks), THREADS, bytes, stream_, arguments);
+      must(found, "launch clusters of execute_tiles");
+    }
   }
 
   void multiply() {
@@ -172,7 +186,7 @@ class Launcher {
                                     layout_.product_size(),
                                     at_.blocks,
                                     static_cast<int>(layout_.analysis().learn_size),
-                                    at_.tiles,
+                                    at_.tiles * layout_.cluster(),
                                     layout_.energy_count(),
                                     call_.factor};
     must(launch(finish_kernel, dim3(blocks_for(threads)), THREADS, 0, stream_, arguments), "launch finish");
@@ -195,8 +209,8 @@ std::int64_t Layout::shared_bytes(const Cut& cut) const {
 
 void run(const Layout& layout, const Cut& cut, const Call& call) {
   if (cut.batch <= 0 || cut.batch > INT32_MAX / 2) throw std::invalid_argument("A call has 1 to 2^30 samples.");
-  kernel_for(cut);
-  check_product(cut, call.device);
+  check_product(cut, layout.cluster(), call.device);
+  kernel_for(cut, layout.cluster());
   must(cudaSetDevice(call.device), "take the device");
   Launcher(layout, cut, call).run();
 }
@@ -204,7 +218,7 @@ void run(const Layout& layout, const Cut& cut, const Call& call) {
 std::vector<int> lanes_of(Product product) {
   std::vector<int> result;
   for (const TileKernel& kernel : tile_kernels()) {
-    if (kernel.product == product) result.push_back(kernel.lanes);
+    if (kernel.product == product && !kernel.cluster) result.push_back(kernel.lanes);
   }
   return result;
 }

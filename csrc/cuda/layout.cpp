@@ -30,6 +30,18 @@ std::int64_t units_of(const Panel& panel, Packing packing) {
   return divide_up(panel.width, 16) * divide_up(panel.depth, packing == Packing::TILES_8 ? 8 : 16) * 32;
 }
 
+// The columns of a whole panel that block `rank` owns, behind so many units, to which its own are added.
+Panel placed(Panel panel, int rank, int cluster, std::int64_t (&units)[PACKINGS]) {
+  const int step = share_of(panel.width, cluster);
+  panel.first_column = std::min(rank * step, panel.width);
+  panel.width = std::min(step, panel.width - panel.first_column);
+  for (int packing = 0; packing < PACKINGS; ++packing) {
+    panel.start[packing] = narrow(units[packing], "Weights");
+    units[packing] += units_of(panel, static_cast<Packing>(packing));
+  }
+  return panel;
+}
+
 template <class T>
 std::size_t append(std::vector<char>& bytes, const std::vector<T>& table) {
   const std::size_t start = static_cast<std::size_t>(aligned(static_cast<std::int64_t>(bytes.size())));
@@ -40,9 +52,10 @@ std::size_t append(std::vector<char>& bytes, const std::vector<T>& table) {
 
 }  // namespace
 
-Layout::Layout(Program program) : program_(std::move(program)) {
+Layout::Layout(Program program, int cluster) : program_(std::move(program)), cluster_(cluster) {
   check(program_);
   analysis_ = analyse(program_);
+  check_cluster();
   instructions_ = program_.instructions;
   find_panels();
   place_panels();
@@ -51,8 +64,17 @@ Layout::Layout(Program program) : program_(std::move(program)) {
   write_tables();
 }
 
-// One panel for each weight, direction and shape in which it is read. Instructions name it in `unused`; those that learn, their gradient's
-// place.
+void Layout::check_cluster() const {
+  if (cluster_ != 1 && cluster_ != 2 && cluster_ != 4 && cluster_ != 8 && cluster_ != 16) {
+    throw std::invalid_argument("A cluster has 1, 2, 4, 8 or 16 blocks, not " + std::to_string(cluster_) + ".");
+  }
+  if (cluster_ > 1 && (analysis_.spatial || analysis_.learns)) {
+    throw std::invalid_argument("Blocks of a cluster share neither convolutions and pooling nor what learns inside the loop.");
+  }
+}
+
+// One panel for each weight, direction and shape in which it is read. (Clusters' loops are cut into phases, some of them of a single step.)
+// Instructions name it in `unused`; those that learn, their gradient's place.
 void Layout::find_panels() {
   std::map<std::tuple<int, bool, int, int>, int> known;
   auto i = instructions_.begin();
@@ -63,16 +85,18 @@ void Layout::find_panels() {
       const bool forward = i->op == Op::LINEAR;
       const auto [found, is_new] = known.try_emplace({i->slot, forward, i->p[1], i->p[2]}, static_cast<int>(panels_.size()));
       if (is_new) {
-        panels_.push_back({i->slot, forward ? i->p[1] : i->p[2], forward ? i->p[2] : i->p[1], forward, {}});
+        const int inputs = i->p[1], outputs = i->p[2], width = forward ? outputs : inputs;
+        panels_.push_back({i->slot, forward ? inputs : outputs, width, forward, 0, width, {}});
         in_loop_.push_back(false);
       }
-      if (phase.last > phase.first) in_loop_[found->second] = true;
+      if (phase.last > (cluster_ > 1 ? 0 : phase.first)) in_loop_[found->second] = true;
       i->unused = found->second;
     }
   }
 }
 
-// Those of the loop first, so that a block copies one piece of memory.
+// Those of one block after those of the other; of each block's, those of the loop first, so that it copies one piece of memory. One more
+// panel says where the last one ends.
 void Layout::place_panels() {
   std::vector<int> order, place(panels_.size());
   for (const bool loop : {true, false}) {
@@ -81,20 +105,23 @@ void Layout::place_panels() {
       place[k] = static_cast<int>(order.size());
       order.push_back(k);
     }
+    if (loop) panels_of_loop_ = static_cast<int>(order.size());
   }
+  panels_of_block_ = static_cast<int>(order.size());
   std::vector<Panel> sorted;
   std::int64_t units[PACKINGS] = {};
-  for (const int k : order) {
-    Panel panel = panels_[k];
-    for (int packing = 0; packing < PACKINGS; ++packing) {
-      panel.start[packing] = narrow(units[packing], "Weights");
-      units[packing] += units_of(panel, static_cast<Packing>(packing));
-      units_[packing] = narrow(units[packing], "Weights");
-      if (in_loop_[k]) loop_units_[packing] = units_[packing];
-    }
-    sorted.push_back(panel);
+  for (int rank = 0; rank < cluster_; ++rank) {
+    for (const int k : order) sorted.push_back(placed(panels_[k], rank, cluster_, units));
   }
+  sorted.push_back(placed({}, 0, cluster_, units));
   panels_ = std::move(sorted);
+  for (int packing = 0; packing < PACKINGS; ++packing) {
+    units_[packing] = narrow(units[packing], "Weights");
+    for (int rank = 0; rank < cluster_; ++rank) {
+      const Panel* first = panels_.data() + rank * panels_of_block_;
+      loop_units_[packing] = std::max(loop_units_[packing], first[panels_of_loop_].start[packing] - first->start[packing]);
+    }
+  }
   for (Instruction& i : instructions_) {
     if (i.op == Op::LINEAR || i.op == Op::LINEAR_T) i.unused = place[i.unused];
   }
@@ -159,20 +186,23 @@ Tables Layout::tables(const char* address) const {
           reinterpret_cast<const Term*>(address + starts_[4]),
           reinterpret_cast<const GradientSource*>(address + starts_[5]),
           static_cast<int>(program_.phases.size()),
-          static_cast<int>(panels_.size()),
+          static_cast<int>(panels_.size()) - 1,
           static_cast<int>(sums_.size()),
-          static_cast<int>(sources_.size())};
+          static_cast<int>(sources_.size()),
+          panels_of_block_,
+          panels_of_loop_};
 }
 
 WorkspaceLayout Layout::workspace(const Cut& cut) const {
   WorkspaceLayout result{};
   result.tiles = narrow(divide_up(cut.batch, cut.lanes), "Samples");
-  std::int64_t most = cut.blocks > 0 ? cut.blocks : result.tiles;
+  std::int64_t most = cut.blocks > 0 ? cut.blocks : std::int64_t{result.tiles} * cluster_;
   if (analysis_.learns) {
     const std::int64_t fit = LEARN_BYTES / std::max<std::int64_t>(1, analysis_.learn_size * 4);
     most = std::min(most, std::clamp<std::int64_t>(fit, 1, MOST_BLOCKS));
   }
-  result.blocks = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(result.tiles, most)));
+  const std::int64_t clusters = std::min<std::int64_t>(result.tiles, most / cluster_);
+  result.blocks = narrow(std::max<std::int64_t>(1, clusters) * cluster_, "Blocks");
   std::int64_t rows = 1;
   for (const Term& term : terms_) rows = std::max(rows, cut.batch * term.positions);
   const std::int64_t fit = PARTIAL_BYTES / std::max<std::int64_t>(1, std::int64_t{product_size_} * 4);
@@ -181,7 +211,7 @@ WorkspaceLayout Layout::workspace(const Cut& cut) const {
   const std::int64_t pointers = static_cast<std::int64_t>(program_.weights.size() + program_.io.size() + program_.gradients.size()) * 8;
   result.packed = aligned(pointers);
   result.energies = result.packed + aligned(std::int64_t{packed_units(cut.precision)} * 16);
-  result.learned = result.energies + aligned(std::int64_t{result.tiles} * energy_count() * 8);
+  result.learned = result.energies + aligned(std::int64_t{result.tiles} * cluster_ * energy_count() * 8);
   result.partial = result.learned + aligned(result.blocks * analysis_.learn_size * 4);
   result.bytes = std::max(ALIGNMENT, result.partial + aligned(std::int64_t{result.splits} * product_size_ * 4));
   return result;

@@ -29,11 +29,13 @@ struct WorkspaceLayout {
 
 class Layout {
  public:
-  // Throws std::invalid_argument as check() does.
-  explicit Layout(Program program);
+  // For blocks that execute a tile alone, or in clusters of so many. Throws std::invalid_argument as check() does, and for what clusters
+  // cannot execute.
+  explicit Layout(Program program, int cluster = 1);
 
   const Program& program() const { return program_; }
   const Analysis& analysis() const { return analysis_; }
+  int cluster() const { return cluster_; }
 
   // The tables as bytes for device memory, and what they are when they lie there.
   const std::vector<char>& table_bytes() const { return bytes_; }
@@ -41,7 +43,7 @@ class Layout {
 
   WorkspaceLayout workspace(const Cut& cut) const;
   int packed_units(Precision precision) const { return units_[static_cast<int>(packing_of(precision))]; }
-  // Units of 16 bytes that the loop reads; they come first.
+  // Units of 16 bytes that a block's loop reads, at most.
   int loop_units(Precision precision) const { return loop_units_[static_cast<int>(packing_of(precision))]; }
   std::int64_t arena_bytes(int lanes) const { return (std::int64_t{program_.rows} * lanes * 4 + 15) / 16 * 16; }
   static std::int64_t staging_bytes(const Cut& cut) {
@@ -54,6 +56,7 @@ class Layout {
   int energy_count() const { return (program_.steps + 1) * program_.energies; }
 
  private:
+  void check_cluster() const;
   void find_panels();
   void place_panels();
   void find_sums();
@@ -61,16 +64,18 @@ class Layout {
   void write_tables();
 
   Program program_;
+  const int cluster_;
   Analysis analysis_;
   std::vector<Instruction> instructions_;
   std::vector<Panel> panels_;
-  std::vector<bool> in_loop_;  // of each panel
+  std::vector<bool> in_loop_;  // of each panel of a block
   std::vector<GradientSum> sums_;
   std::vector<Term> terms_;
   std::vector<GradientSource> sources_;
   std::vector<char> bytes_;
   std::size_t starts_[6] = {};
   int units_[PACKINGS] = {}, loop_units_[PACKINGS] = {};
+  int panels_of_block_ = 0, panels_of_loop_ = 0;
   int outer_tiles_ = 0, product_size_ = 0, gradient_count_ = 0;
 };
 

@@ -8,13 +8,14 @@ namespace {
 
 struct Matrix {
   const float* weight;
-  int depth, width;
+  int depth, width, first_column, all_columns;
   bool transposed;
 
   // Zero outside.
   __device__ float operator()(int row, int column) const {
     if (row >= depth || column >= width) return 0.0f;
-    return transposed ? weight[std::ptrdiff_t{column} * depth + row] : weight[std::ptrdiff_t{row} * width + column];
+    column += first_column;
+    return transposed ? weight[std::ptrdiff_t{column} * depth + row] : weight[std::ptrdiff_t{row} * all_columns + column];
   }
 };
 
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(THREADS) pack_weights(const PackArguments argu
   int found = 0;
   while (found + 1 < arguments.tables.panel_count && unit >= arguments.tables.panels[found + 1].start[static_cast<int>(kind)]) ++found;
   const Panel& panel = arguments.tables.panels[found];
-  const Matrix m{arguments.weights[panel.slot], panel.depth, panel.width, panel.transposed != 0};
+  const Matrix m{arguments.weights[panel.slot], panel.depth, panel.width, panel.first_column, panel.all_columns, panel.transposed != 0};
   const int inside = unit - panel.start[static_cast<int>(kind)];
   uint4* target = reinterpret_cast<uint4*>(arguments.packed) + unit;
   if (kind == Packing::ROWS) {

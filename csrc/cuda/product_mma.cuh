@@ -54,7 +54,7 @@ struct MmaProduct {
   static constexpr int GROUPS = LANES / 8;  // of lanes: mma's columns
 
   static __device__ void run(const char* panel, const float* bias, const float* v, float* out, int positions, int depth, int width,
-                             bool accumulate) {
+                             int step, bool accumulate) {
     const int blocks = (width + 15) / 16, tiles = (depth + Format::ROWS - 1) / Format::ROWS;
     const int warps = blockDim.x / WARP;
     for (int unit = threadIdx.x / WARP; unit < positions * blocks; unit += warps) {
@@ -62,7 +62,7 @@ struct MmaProduct {
       const uint4* weights = reinterpret_cast<const uint4*>(panel) + block * tiles * WARP + threadIdx.x % WARP;
       float sums[GROUPS][4] = {};
       multiply(weights, tiles, v + position * depth * LANES, depth, sums);
-      write_columns<LANES>(sums, bias, out + position * width * LANES, block * 16, width, accumulate);
+      write_columns<LANES>(sums, bias, out + position * step * LANES, block * 16, width, accumulate);
     }
   }
 
@@ -90,14 +90,14 @@ struct MmaProduct {
 template <int LANES>
 struct TensorProduct {
   static __device__ void run(Precision precision, const char* panel, const float* bias, const float* v, float* out, int positions,
-                             int depth, int width, bool accumulate) {
+                             int depth, int width, int step, bool accumulate) {
     switch (precision) {
       case Precision::TF32:
-        return MmaProduct<LANES, Tf32>::run(panel, bias, v, out, positions, depth, width, accumulate);
+        return MmaProduct<LANES, Tf32>::run(panel, bias, v, out, positions, depth, width, step, accumulate);
       case Precision::BF16:
-        return MmaProduct<LANES, Bf16>::run(panel, bias, v, out, positions, depth, width, accumulate);
+        return MmaProduct<LANES, Bf16>::run(panel, bias, v, out, positions, depth, width, step, accumulate);
       default:
-        return MmaProduct<LANES, Fp16>::run(panel, bias, v, out, positions, depth, width, accumulate);
+        return MmaProduct<LANES, Fp16>::run(panel, bias, v, out, positions, depth, width, step, accumulate);
     }
   }
 };

@@ -1,4 +1,5 @@
-// Products in fp32 arithmetic: out (positions, width) = [out +] v (positions, depth) M [+ bias], one row of the arena for each number.
+// Products in fp32 arithmetic: out (positions, width) = [out +] v (positions, depth) M [+ bias], one row of the arena for each number; the
+// positions of out are `step` rows apart.
 //
 // A warp computes 16 columns of M times up to 8 lanes. Four neighbouring threads share a row of M (64 bytes), the 8 groups of four take
 // every 8th row each; what the groups found is then added up by halving, which leaves every thread with a part of the result.
@@ -43,7 +44,7 @@ struct SimtProduct {
   static constexpr int LEFT = TAKEN > 1 ? TAKEN / 2 : 1;  // results of a thread
 
   static __device__ void run(const char* panel, const float* bias, const float* v, float* out, int positions, int depth, int width,
-                             bool accumulate) {
+                             int step, bool accumulate) {
     const int stride = (width + 3) / 4, blocks = (stride + COLUMNS - 1) / COLUMNS;
     const int warps = blockDim.x / WARP;
     for (int unit = threadIdx.x / WARP; unit < positions * SLICES * blocks; unit += warps) {
@@ -59,7 +60,7 @@ struct SimtProduct {
       } else {
         sums[0] += shuffle_xor(sums[0], 4);
       }
-      write(sums, bias, out + position * width * LANES + slice * TAKEN, column, width, accumulate);
+      write(sums, bias, out + position * step * LANES + slice * TAKEN, column, width, accumulate);
     }
   }
 

@@ -68,7 +68,7 @@ struct WgmmaProduct {
   static_assert(STAGED_ROWS % (BATCH * Format::ROWS) == 0, "a piece of the depth ends with a batch");
 
   static __device__ void run(const char* panel, const float* bias, const float* v, float* out, int positions, int depth, int width,
-                             bool accumulate, const Staging& staging) {
+                             int step, bool accumulate, const Staging& staging) {
     for (int position = 0; position < positions; ++position) {
       for (int row = 0; row < depth; row += staging.rows) {
         const int rows = depth - row < staging.rows ? depth - row : staging.rows;
@@ -76,7 +76,7 @@ struct WgmmaProduct {
         stage(v + (position * depth + row) * LANES, rows, staging.memory);
         fence_proxy_async();
         __syncthreads();
-        multiply_columns(panel, row / Format::ROWS, rows, row == 0 ? bias : nullptr, staging.memory, out + position * width * LANES, depth,
+        multiply_columns(panel, row / Format::ROWS, rows, row == 0 ? bias : nullptr, staging.memory, out + position * step * LANES, depth,
                          width, accumulate || row > 0);
       }
     }
@@ -150,14 +150,14 @@ struct WgmmaProduct {
 template <int LANES>
 struct WarpgroupProduct {
   static __device__ void run(Precision precision, const char* panel, const float* bias, const float* v, float* out, int positions,
-                             int depth, int width, bool accumulate, const Staging& staging) {
+                             int depth, int width, int step, bool accumulate, const Staging& staging) {
     switch (precision) {
       case Precision::TF32:
-        return WgmmaProduct<LANES, WgmmaTf32>::run(panel, bias, v, out, positions, depth, width, accumulate, staging);
+        return WgmmaProduct<LANES, WgmmaTf32>::run(panel, bias, v, out, positions, depth, width, step, accumulate, staging);
       case Precision::BF16:
-        return WgmmaProduct<LANES, WgmmaBf16>::run(panel, bias, v, out, positions, depth, width, accumulate, staging);
+        return WgmmaProduct<LANES, WgmmaBf16>::run(panel, bias, v, out, positions, depth, width, step, accumulate, staging);
       default:
-        return WgmmaProduct<LANES, WgmmaFp16>::run(panel, bias, v, out, positions, depth, width, accumulate, staging);
+        return WgmmaProduct<LANES, WgmmaFp16>::run(panel, bias, v, out, positions, depth, width, step, accumulate, staging);
     }
   }
 };

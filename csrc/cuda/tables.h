@@ -9,14 +9,28 @@ namespace pckernels::cuda {
 
 // How a product multiplies: fp32 arithmetic, or tensor cores over operands rounded to tf32, bf16 or fp16 and added up in fp32.
 enum class Precision : std::int32_t { FP32, TF32, BF16, FP16 };
-// wgmma's staging buffer holds a multiple of so many rows of v: those of the tiles whose products run at once.
-constexpr int STAGED_ROWS = 64;
 
 // What multiplies: fp32 arithmetic, a warp's tensor core product (mma), or a warpgroup's (wgmma), which reads v from a staging buffer.
 enum class Product : std::int32_t { SIMT, MMA, WGMMA };
+// wgmma's staging buffer holds a multiple of so many rows of v: those of the tiles whose products run at once.
+constexpr int STAGED_ROWS = 64;
+
 // How a weight is packed for it. A 16-bit format is packed alike whichever it is.
 enum class Packing : std::int32_t { ROWS, TILES_8, TILES_16 };
 constexpr int PACKINGS = 3;
+
+#ifdef __CUDACC__
+#define PCK_ANYWHERE __host__ __device__
+#else
+#define PCK_ANYWHERE
+#endif
+
+constexpr int ROW_GROUP = 16;  // rows: arrays start at multiples of it
+
+// Rows, or columns, of each block of a cluster, of `width`: share() of pckernels/sharding.py.
+PCK_ANYWHERE constexpr int share_of(int width, int blocks) {
+  return (width + ROW_GROUP * blocks - 1) / (ROW_GROUP * blocks) * ROW_GROUP;
+}
 
 inline Packing packing_of(Precision precision) {
   if (precision == Precision::FP32) return Packing::ROWS;
@@ -24,12 +38,13 @@ inline Packing packing_of(Precision precision) {
 }
 
 // A weight (outputs, inputs) as one direction of its products reads it: a matrix M (depth, width), so that out (width) = v (depth) M.
-// LINEAR: M = W^T, depth = inputs. LINEAR_T: M = W, depth = outputs.
+// LINEAR: M = W^T, depth = inputs. LINEAR_T: M = W, depth = outputs. Each block of a cluster has a panel of the columns that it owns.
 //   ROWS: float32 (depth, width), width rounded up to 4.
 //   TILES_n: 512 bytes for each (16 columns of M, n rows of M), the rows of a column block in a row: a warp's A operand of mma, or its
 //   quarter of wgmma's, 16 bytes a thread.
 struct Panel {
   std::int32_t slot, depth, width, transposed;  // transposed: M = W^T
+  std::int32_t first_column, all_columns;       // where its columns begin among all of M's
   std::int32_t start[PACKINGS];                 // where it begins, in units of 16 bytes, for each packing
 };
 
@@ -61,6 +76,7 @@ struct Tables {
   const Term* terms;
   const GradientSource* sources;
   int phase_count, panel_count, sum_count, source_count;
+  int panels_of_block, panels_of_loop;  // each block's follow each other, those that the loop reads first
 };
 
 // What a block needs to execute tiles.
@@ -69,11 +85,12 @@ struct TileArguments {
   const float* const* weights;
   float* const* io;
   const char* packed;
-  double* energies;  // (tiles, steps + 1, slots)
+  double* energies;  // (tiles, blocks of a cluster, steps + 1, slots)
   float* learned;    // (blocks, learn_size)
   int batch, tiles, steps, slots, learn_size;
   int arena_bytes;
-  int resident;  // units of 16 bytes at the start of `packed` that are copied into shared memory
+  int cluster;    // blocks that execute a tile together
+  bool resident;  // a block copies the panels that its loop reads into shared memory
   Precision precision;
   int staged;  // rows of v that wgmma's staging buffer holds, the last part of shared memory; 0 without one
 };
@@ -105,7 +122,7 @@ struct FinishArguments {
   float* const* gradients;
   const float* partial;         // (splits, partial_size)
   const float* learned;         // (blocks, learn_size)
-  const double* tile_energies;  // (tiles, energy_count)
+  const double* tile_energies;  // (tiles, energy_count): a row for each block of a cluster
   double* energies;
   int gradient_count, splits, partial_size, blocks, learn_size, tiles, energy_count;
   float factor;

@@ -1,5 +1,5 @@
-// The Team of a CUDA block: see engine/engine.h for what a Team is. Its threads execute one tile of LANES samples, whose arena lies in
-// shared memory, [rows][LANES].
+// The Team of a CUDA block: see engine/engine.h for what a Team is. Its threads execute one tile of LANES samples, or the Share of it that
+// is theirs. The arena lies in shared memory, [rows][LANES].
 #pragma once
 
 #include "device.h"
@@ -9,6 +9,7 @@
 #include "product_mma.cuh"
 #include "product_simt.cuh"
 #include "product_wgmma.cuh"
+#include "share.cuh"
 #include "sums.cuh"
 
 namespace pckernels::cuda {
@@ -25,37 +26,50 @@ struct ThreadAt {
   __device__ float if_valid(float value) const { return valid ? value : 0.0f; }
 };
 
-// Shared memory of a block: what sums need, the arena, and the packed weights that are resident.
+// Shared memory of a block: what sums need, the arena, the packed weights that are resident, from unit `first` of all of them to `end`, and
+// wgmma's staging buffer.
 struct BlockMemory {
   SumMemory* sums;
   float* arena;
   const char* packed;
+  int first, end;
+  Staging staging;
 };
 
-template <int LANE_COUNT, Product PRODUCT>
+// How weights are packed for a kernel, of which the compiler knows a part.
+template <Product PRODUCT>
+__device__ Packing packing_in(Precision precision) {
+  if (PRODUCT == Product::SIMT) return Packing::ROWS;
+  return precision == Precision::TF32 ? Packing::TILES_8 : Packing::TILES_16;
+}
+
+template <int LANE_COUNT, Product PRODUCT, class Share>
 class CudaTeam {
  public:
   static constexpr int LANES = LANE_COUNT;
   static_assert(WARP % LANES == 0, "a thread keeps its lane");
 
-  __device__ CudaTeam(const TileArguments& arguments, const BlockMemory& memory, int tile)
-      : arguments_(arguments), memory_(memory), sums_(memory.sums), tile_(tile), first_sample_(tile * LANES) {
+  __device__ CudaTeam(const TileArguments& arguments, const BlockMemory& memory, const Share& share, int tile)
+      : arguments_(arguments), memory_(memory), share_(share), sums_(memory.sums), tile_(tile), first_sample_(tile * LANES) {
     const int left = arguments.batch - first_sample_;
     samples_ = left < LANES ? left : LANES;
     valid_ = static_cast<int>(threadIdx.x) % LANES < samples_;
   }
 
   __device__ void begin_step(int t) {
-    energies_ = arguments_.energies + (std::ptrdiff_t{tile_} * (arguments_.steps + 1) + t) * arguments_.slots;
+    const std::ptrdiff_t row = std::ptrdiff_t{tile_} * share_.blocks() + share_.rank();
+    energies_ = arguments_.energies + (row * (arguments_.steps + 1) + t) * arguments_.slots;
   }
   __device__ void end_step() { sums_.flush(energies_); }
   __device__ void begin_instruction(const Instruction&) {}
   __device__ void sync() { __syncthreads(); }
+  __device__ void meet() const { share_.meet(); }
+  __device__ void gather(const Instruction& i) const { share_.template gather<LANES>(memory_.arena, i); }
   __device__ float* array(int row) const { return row == ABSENT ? nullptr : memory_.arena + row * LANES; }
 
   template <class F>
   __device__ void for_each(int n, F f) const {
-    for (int at = threadIdx.x; at < n * LANES; at += blockDim.x) f(ThreadAt{at, valid_});
+    for_rows(share_.rows(n), f);
   }
 
   template <class F>
@@ -76,7 +90,7 @@ class CudaTeam {
   template <class F>
   __device__ void sum_each(const Instruction& i, int n, float scale, F f) {
     double sum = 0.0;
-    for_each(n, [&](ThreadAt at) {
+    for_rows(share_.runs_whole(i) ? Range{0, n} : share_.rows(n), [&](ThreadAt at) {
       const float value = f(at);
       if (valid_) sum += value;
     });
@@ -86,7 +100,8 @@ class CudaTeam {
   template <class F>
   __device__ void sum_units(const Instruction& i, int count, float scale, F f) {
     double sum = 0.0;
-    for_units(count, [&](ThreadAt at, int unit) {
+    const bool here = share_.runs_whole(i) || share_.rank() == 0;
+    for_units(here ? count : 0, [&](ThreadAt at, int unit) {
       const float value = f(at, unit);
       if (valid_) sum += value;
     });
@@ -108,10 +123,11 @@ class CudaTeam {
   __device__ void store(const Instruction& i) const {
     const float *a = array(i.a), *b = array(i.b);
     float* target = arguments_.io[i.slot] + std::ptrdiff_t{first_sample_} * i.p[0] + i.p[1];
-    const int n = i.n, width = i.p[0];
+    const Range mine = share_.rows(i.n);
+    const int n = mine.last - mine.first, width = i.p[0];
 #pragma unroll 1
     for (int item = threadIdx.x; item < n * samples_; item += blockDim.x) {
-      const int lane = item / n, row = item - lane * n, place = row * LANES + lane;
+      const int lane = item / n, row = mine.first + item - lane * n, place = row * LANES + lane;
       target[std::ptrdiff_t{lane} * width + row] = (a ? a[place] : 0.0f) + (b ? b[place] : 0.0f);
     }
   }
@@ -137,7 +153,13 @@ class CudaTeam {
   }
 
  private:
+  template <class F>
+  __device__ void for_rows(Range rows, F f) const {
+    for (int at = rows.first * LANES + threadIdx.x; at < rows.last * LANES; at += blockDim.x) f(ThreadAt{at, valid_});
+  }
+
   __device__ void add_sum(const Instruction& i, float scale, double sum) {
+    if (!share_.counts(i)) return;
     if (i.op == Op::LOSS && i.slot2 != ABSENT) sums_.template add_lanes<LANES>(sum, arguments_.io[i.slot2] + first_sample_, samples_);
     sums_.add(sum, scale, i.slot, energies_);
   }
@@ -149,28 +171,30 @@ class CudaTeam {
     return arguments_.learned + std::ptrdiff_t{static_cast<int>(blockIdx.x)} * arguments_.learn_size + i.unused;
   }
 
-  // The panel that `unused` names: in shared memory if it is among the resident ones.
+  // The block's panel that `unused` names, in shared memory if it is among the resident ones; and its columns of the result.
   __device__ void product(const Instruction& i, const float* bias, int depth, int width) const {
-    const Panel& panel = arguments_.tables.panels[i.unused];
-    const int start = panel.start[static_cast<int>(PRODUCT == Product::SIMT ? Packing::ROWS : packing())];
-    const char* packed = (start < arguments_.resident ? memory_.packed : arguments_.packed) + std::ptrdiff_t{start} * 16;
+    const Range mine = share_.rows(width);
+    const Panel& panel = arguments_.tables.panels[share_.rank() * arguments_.tables.panels_of_block + i.unused];
+    const int start = panel.start[static_cast<int>(packing_in<PRODUCT>(arguments_.precision))];
+    const bool resident = start >= memory_.first && start < memory_.end;
+    const char* packed = resident ? memory_.packed + std::ptrdiff_t{start - memory_.first} * 16  //
+                                  : arguments_.packed + std::ptrdiff_t{start} * 16;
+    const float* from = bias ? bias + mine.first : nullptr;
+    float* out = array(i.out) + mine.first * LANES;
+    const int columns = mine.last - mine.first;
     if constexpr (PRODUCT == Product::WGMMA) {
-      WarpgroupProduct<LANES>::run(arguments_.precision, packed, bias, array(i.a), array(i.out), i.p[0], depth, width, i.accumulate,
-                                   staging());
+      WarpgroupProduct<LANES>::run(arguments_.precision, packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate,
+                                   memory_.staging);
     } else if constexpr (PRODUCT == Product::MMA) {
-      TensorProduct<LANES>::run(arguments_.precision, packed, bias, array(i.a), array(i.out), i.p[0], depth, width, i.accumulate);
+      TensorProduct<LANES>::run(arguments_.precision, packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate);
     } else {
-      SimtProduct<LANES>::run(packed, bias, array(i.a), array(i.out), i.p[0], depth, width, i.accumulate);
+      SimtProduct<LANES>::run(packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate);
     }
   }
-  // Behind the resident weights.
-  __device__ Staging staging() const {
-    return {dynamic_shared_memory() + SUM_BYTES + arguments_.arena_bytes + arguments_.resident * 16, arguments_.staged};
-  }
-  __device__ Packing packing() const { return arguments_.precision == Precision::TF32 ? Packing::TILES_8 : Packing::TILES_16; }
 
   const TileArguments& arguments_;
   const BlockMemory memory_;
+  const Share share_;
   BlockSums sums_;
   const int tile_, first_sample_;
   int samples_;
@@ -179,6 +203,10 @@ class CudaTeam {
 };
 
 template <Product PRODUCT>
-constexpr bool HAS_IMAGES<CudaTeam<1, PRODUCT>> = true;
+constexpr bool HAS_IMAGES<CudaTeam<1, PRODUCT, Alone>> = true;
+template <int LANES, Product PRODUCT>
+constexpr bool HAS_IMAGES<CudaTeam<LANES, PRODUCT, Member>> = false;
+template <int LANES, Product PRODUCT>
+constexpr bool HAS_BLOCKS<CudaTeam<LANES, PRODUCT, Member>> = true;
 
 }  // namespace pckernels::cuda

@@ -27,6 +27,10 @@ namespace pckernels::PCK_ISA {
 template <class Team>
 constexpr bool HAS_IMAGES = Team::LANES > 1;
 
+// Whether a Team is blocks with an arena each, and has meet() and gather(i); otherwise there is nothing to do for MEET and GATHER.
+template <class Team>
+constexpr bool HAS_BLOCKS = false;
+
 // Whether a Team executes runs of row-by-row instructions by itself: run_rows(start, end), those of them whose `first` is reached.
 template <class Team>
 constexpr bool TAKES_RUNS = false;
@@ -69,6 +73,10 @@ PCK_DEVICE void execute(Team& team, const Instruction& i) {
     case Op::NORM: return norm(team, i);
     case Op::SUM_LEARN: return team.sum_learn(i);
     default: break;
+  }
+  if constexpr (HAS_BLOCKS<Team>) {
+    if (i.op == Op::MEET) return team.meet();
+    if (i.op == Op::GATHER) return team.gather(i);
   }
   // Programs with images always run with several lanes.
   if constexpr (HAS_IMAGES<Team>) execute_spatial(team, i);

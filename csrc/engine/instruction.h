@@ -36,8 +36,10 @@ enum class Op : std::int32_t {
   NORM,
   CONV_LEARN,
   SUM_LEARN,
+  MEET,
+  GATHER,
 };
-constexpr int OPS = 27;
+constexpr int OPS = 29;
 
 enum class Activation : std::int32_t { AFFINE, RELU, LEAKY_RELU, TANH, SIGMOID, GELU, GELU_TANH, HARDTANH };
 constexpr int ACTIVATIONS = 8;

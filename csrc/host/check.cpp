@@ -10,6 +10,7 @@ const char* const NAMES[OPS] = {
     "LOAD",       "STORE",     "FILL", "COPY",  "LINEAR",     "LINEAR_T", "CONV",    "CONV_T",         "ACT",
     "ACT_CHANGE", "ACT_GRAD",  "ADD",  "MUL",   "MUL_CHANGE", "MUL_GRAD", "MAXPOOL", "MAXPOOL_CHANGE", "MAXPOOL_GRAD",
     "AVGPOOL",    "AVGPOOL_T", "LOSS", "ERROR", "MOVE",       "RELAX",    "NORM",    "CONV_LEARN",     "SUM_LEARN",
+    "MEET",       "GATHER",
 };
 
 bool accumulates(Op op) {
@@ -89,6 +90,8 @@ class InstructionCheck {
         conv(), needed("a", i_.a, result()), needed("b", i_.b, image()), optional("c", i_.c, image());
         return gradient(kernel());
       case Op::SUM_LEARN: return counts(3), needed("a", i_.a, product({i_.p[0], i_.p[1], i_.p[2]})), gradient(i_.p[1]);
+      case Op::MEET: return;
+      case Op::GATHER: return gather();
     }
   }
 
@@ -154,6 +157,12 @@ class InstructionCheck {
     slot("weight", i_.slot, program_.weights, product({inputs, outputs}));
     needed("a", i_.a, product({i_.p[0], inputs}));
     needed("out", i_.out, product({i_.p[0], outputs}));
+  }
+
+  void gather() const {
+    needed("out", i_.out, i_.n);
+    require(i_.p[0] > 0, "p0 = " + text(i_.p[0]) + " must be positive");
+    require(i_.a >= 0 && i_.a <= i_.out, "a = row " + text(i_.a) + " does not come before out = row " + text(i_.out));
   }
 
   void activation() const {

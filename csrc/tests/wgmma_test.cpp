@@ -13,7 +13,7 @@ using namespace pckernels::cuda;
 
 namespace {
 
-constexpr int ROWS = 64, GROUP = 128, GROUPS = 2;  // of A; threads of a warpgroup; warpgroups
+constexpr int ROWS = 64, GROUP = 128, GROUPS = 2, BLOCKS = 2;  // of A; threads of a warpgroup; warpgroups of a block; blocks of a cluster
 using Matrix = std::vector<float>;
 
 std::string flaw;
@@ -85,10 +85,10 @@ std::uint64_t descriptor(const char* memory, Strides strides) {
 // Each warpgroup adds its own B times A to D of its own.
 template <class Format, int LANES>
 void kernel(const float* a, const float* b, float* d, Strides strides) {
-  const int group = threadIdx.x / GROUP, size = Format::DEPTH * LANES;
+  const int group = threadIdx.x / GROUP, first = blockIdx.x * GROUPS, size = Format::DEPTH * LANES;
   char* memory = dynamic_shared_memory() + 64;
   const int bytes = size * Format::BYTES * 2;  // with gaps
-  for (int each = 0; each < GROUPS; ++each) stage<Format>(b + each * size, LANES, strides, memory + each * bytes);
+  for (int each = 0; each < GROUPS; ++each) stage<Format>(b + (first + each) * size, LANES, strides, memory + each * bytes);
   if (flaw != "proxy fence") fence_proxy_async();
   __syncthreads();
   float sums[LANES / 8][4] = {};
@@ -102,18 +102,18 @@ void kernel(const float* a, const float* b, float* d, Strides strides) {
   const int thread = threadIdx.x % GROUP;
   for (int i = 0; i < LANES / 2; ++i) {  // d0, d1, ..
     const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-    d[(group * ROWS + row) * LANES + column] = sums[i / 4][i % 4];
+    d[((first + group) * ROWS + row) * LANES + column] = sums[i / 4][i % 4];
   }
 }
 
 template <class Format, int LANES>
 int wrong(Strides strides) {
-  Matrix a(ROWS * Format::DEPTH), b(GROUPS * Format::DEPTH * LANES), d(GROUPS * ROWS * LANES);
+  Matrix a(ROWS * Format::DEPTH), b(BLOCKS * GROUPS * Format::DEPTH * LANES), d(BLOCKS * GROUPS * ROWS * LANES);
   for (std::size_t k = 0; k < a.size(); ++k) a[k] = static_cast<float>(static_cast<int>(k * 37 % 23) - 11);
   for (std::size_t k = 0; k < b.size(); ++k) b[k] = static_cast<float>(static_cast<int>(k * 53 % 19) - 9);
-  emulation::run_blocks(dim3(1), GROUPS * GROUP, 16384, [&] { kernel<Format, LANES>(a.data(), b.data(), d.data(), strides); });
+  emulation::run_blocks(dim3(BLOCKS), BLOCKS, GROUPS * GROUP, 16384, [&] { kernel<Format, LANES>(a.data(), b.data(), d.data(), strides); });
   int result = 0;
-  for (int k = 0; k < GROUPS * ROWS * LANES; ++k) {
+  for (int k = 0; k < BLOCKS * GROUPS * ROWS * LANES; ++k) {
     const int column = k % LANES, row = k / LANES % ROWS, group = k / LANES / ROWS;
     float expected = 0.0f;
     for (int depth = 0; depth < Format::DEPTH; ++depth) {

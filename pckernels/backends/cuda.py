@@ -19,6 +19,7 @@ from pckernels.engine import arguments
 from pckernels.errors import Unsupported
 from pckernels.memory import Packed
 from pckernels.planner import Limits, Plan, plan
+from pckernels.sharding import sharded
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,18 @@ class Options:
 
     Attributes:
         precision: "fp32", or "tf32", "bf16", "fp16" for tensor cores, which add up in fp32. Convolutions are in fp32 whatever it says.
-        tier: "stream" or "resident"; None: what the planner finds faster.
+        tier: "stream", "resident" or "cluster"; None: what the planner finds faster.
         lanes: samples of a tile; None likewise.
         product: "simt" (fp32), "mma" or "wgmma" (the others): what multiplies. None: simt or mma. No GPU has proved wgmma yet, which needs
             compute capability 9.0; so it is taken only where asked for, or, with "fastest", where the planner finds it faster.
+        cluster: 2, 4, 8 or 16 blocks that share a tile, in tier "cluster"; None likewise, of up to 8.
     """
 
     precision: str = "fp32"
     tier: str | None = None
     lanes: int | None = None
     product: str | None = None
+    cluster: int | None = None
 
 
 options = Scope(Options)
@@ -82,7 +85,8 @@ def plan_for(compiled: Compiled | str, batch: int, device: torch.device) -> Plan
 
 @lru_cache(maxsize=1024)
 def _planned(compiled: Compiled, batch: int, limits: Limits, wanted: Options) -> Plan | str:
-    return plan(compiled.code, batch, limits, wanted.precision, wanted.tier, wanted.lanes, wanted.product)
+    wishes = (wanted.precision, wanted.tier, wanted.lanes, wanted.product, wanted.cluster)
+    return plan(compiled.code, batch, limits, *wishes)
 
 
 @lru_cache(maxsize=64)
@@ -110,7 +114,7 @@ def launch(compiled: Compiled, memory: Packed, batch: int, factor: float) -> Non
     found = plan_for(compiled, batch, device)
     if isinstance(found, str):  # of an op's call, or of the feed-forward pass that a complaint makes: nobody has asked before
         raise Unsupported(found)
-    program, tables = loaded(compiled, device)
+    program, tables = loaded(compiled, device, found.cluster)
     cut = (found.tier, found.lanes, found.precision, found.blocks, found.product, found.staged)
     workspace = torch.empty(program.workspace_bytes(batch, *cut), dtype=torch.uint8, device=device)
     weights, gradients = ([tensor.data_ptr() for tensor in tensors] for tensors in (memory.weights, memory.gradients))
@@ -123,10 +127,16 @@ def _stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
+def program_of(module: Any, compiled: Compiled, cluster: int) -> Any:
+    """The code as an engine's module takes it; for clusters, sharded over their blocks."""
+    code = compiled if cluster == 1 else replace(compiled, code=sharded(compiled.code, cluster))
+    return module.Program(**arguments(code), cluster=cluster)
+
+
 @lru_cache(maxsize=256)
-def loaded(compiled: Compiled, device: torch.device) -> tuple[Any, Tensor]:
-    """The engine's copy of the code, checked, and its tables on the device."""
+def loaded(compiled: Compiled, device: torch.device, cluster: int = 1) -> tuple[Any, Tensor]:
+    """The engine's copy of the code for clusters of so many blocks, checked, and its tables on the device."""
     with torch.device("cpu"):
-        program = engine().Program(**arguments(compiled))
+        program = program_of(engine(), compiled, cluster)
         tables = torch.frombuffer(bytearray(program.tables()), dtype=torch.uint8)
     return program, tables.to(device)

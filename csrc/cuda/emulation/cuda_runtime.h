@@ -1,6 +1,6 @@
-// Stands in for CUDA's header when g++ compiles the kernels to run them on the CPU, where no GPU is at hand: a block's threads are fibers
-// that take turns between barriers, in an order drawn at random. It proves indices, barriers and the order of sums; not speed, and not
-// what only hardware has (address spaces, memory order between blocks).
+// Stands in for CUDA's header when g++ compiles the kernels to run them on the CPU, where no GPU is at hand: the threads of a block, or of
+// all blocks of a cluster, are fibers that take turns between barriers, in an order drawn at random. It proves indices, barriers and the
+// order of sums; not speed, and not what only hardware has (address spaces, memory order between blocks).
 #pragma once
 
 #include <cstddef>
@@ -46,7 +46,9 @@ struct Place {
 };
 extern Place place;  // of the fiber that runs
 extern char* shared;
-void meet();  // __syncthreads
+void meet();                                      // __syncthreads
+void meet_cluster();                              // all threads of all blocks of a cluster
+const char* of_peer(const void* mine, int rank);  // where block `rank` of the cluster has what this one has at `mine`
 
 // What the `size` threads of a warp (32) or a warpgroup (128) give, in a row.
 const char* exchange(const void* mine, std::size_t bytes, int size = 32);
@@ -58,12 +60,12 @@ struct Asynchronous {
 };
 Asynchronous& asynchronous();
 
-// Shared memory as asynchronous work sees it: as it was when a thread last fenced. NaN before.
+// Shared memory of the block as asynchronous work sees it: as it was when a thread of it last fenced. NaN before.
 void fence_proxy();
 const char* proxy_view(std::size_t start, std::size_t bytes);  // stops where this is outside
 
 [[noreturn]] void stop(const char* why);  // run_blocks throws
-void run_blocks(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body);
+void run_blocks(dim3 grid, int cluster, int threads, std::size_t shared_bytes, const std::function<void()>& body);
 }  // namespace emulation
 
 #define threadIdx (emulation::place.thread)
@@ -98,7 +100,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   const int found = capability ? std::atoi(capability) : 90;
   return *value = attribute == cudaDevAttrComputeCapabilityMajor ? found / 10 : found % 10, cudaSuccess;
 }
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }

@@ -9,6 +9,16 @@ namespace pckernels::cuda {
 
 inline char* dynamic_shared_memory() { return emulation::shared; }
 
+[[noreturn]] inline void stop() { emulation::stop("a kernel without code for this architecture was launched."); }
+
+constexpr bool HAS_CLUSTERS = true;
+inline void meet_cluster() { emulation::meet_cluster(); }
+
+template <int COUNT>
+void copy_of_peer(float* target, int rank) {
+  std::memcpy(target, emulation::of_peer(target, rank), COUNT * sizeof(float));
+}
+
 template <class T>
 T shuffle_xor(T value, int mask) {
   const char* all = emulation::exchange(&value, sizeof value);
@@ -84,10 +94,16 @@ inline void mma_bf16(float (&c)[4], uint4 a, uint2 b) { mma_16(c, a, b, from_bf1
 inline void mma_fp16(float (&c)[4], uint4 a, uint2 b) { mma_16(c, a, b, from_fp16); }
 
 template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t,
-                   Parameters... parameters) {
-  emulation::run_blocks(grid, threads, shared_bytes, [&] { kernel(parameters...); });
+cudaError_t launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t,
+                            Parameters... parameters) {
+  emulation::run_blocks(grid, cluster, threads, shared_bytes, [&] { kernel(parameters...); });
   return cudaSuccess;
+}
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t stream,
+                   Parameters... parameters) {
+  return launch_clusters(1, kernel, grid, threads, shared_bytes, stream, parameters...);
 }
 
 }  // namespace pckernels::cuda

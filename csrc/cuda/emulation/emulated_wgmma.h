@@ -11,7 +11,6 @@
 namespace pckernels::cuda {
 
 constexpr bool HAS_WGMMA = true;
-[[noreturn]] inline void stop() { emulation::stop("a kernel without code for this architecture was launched."); }
 
 inline std::uint32_t shared_address(const void* generic) {
   return static_cast<std::uint32_t>(static_cast<const char*>(generic) - emulation::shared);

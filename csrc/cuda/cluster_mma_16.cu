@@ -1,0 +1,3 @@
+#include "tile_instance.cuh"
+
+PCK_CLUSTER_INSTANCE(cluster_mma_16, 16, MMA)

@@ -1,0 +1,3 @@
+#include "tile_instance.cuh"
+
+PCK_CLUSTER_INSTANCE(cluster_simt_2, 2, SIMT)
