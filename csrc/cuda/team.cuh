@@ -26,13 +26,11 @@ struct ThreadAt {
   __device__ float if_valid(float value) const { return valid ? value : 0.0f; }
 };
 
-// Shared memory of a block: what sums need, the arena, the packed weights that are resident, from unit `first` of all of them to `end`, and
-// wgmma's staging buffer.
+// Shared memory of a block: what sums need, the arena, the packed weights that are resident, and wgmma's staging buffer.
 struct BlockMemory {
   SumMemory* sums;
   float* arena;
   const char* packed;
-  int first, end;
   Staging staging;
 };
 
@@ -176,8 +174,9 @@ class CudaTeam {
     const Range mine = share_.rows(width);
     const Panel& panel = arguments_.tables.panels[share_.rank() * arguments_.tables.panels_of_block + i.unused];
     const int start = panel.start[static_cast<int>(packing_in<PRODUCT>(arguments_.precision))];
-    const bool resident = start >= memory_.first && start < memory_.end;
-    const char* packed = resident ? memory_.packed + std::ptrdiff_t{start - memory_.first} * 16  //
+    const Range here = share_.resident(arguments_);
+    const bool resident = start >= here.first && start < here.last;
+    const char* packed = resident ? memory_.packed + std::ptrdiff_t{start - here.first} * 16  //
                                   : arguments_.packed + std::ptrdiff_t{start} * 16;
     const float* from = bias ? bias + mine.first : nullptr;
     float* out = array(i.out) + mine.first * LANES;
