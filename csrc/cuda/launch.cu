@@ -151,7 +151,7 @@ class Launcher {
                                   static_cast<int>(layout_.analysis().learn_size),
                                   static_cast<int>(layout_.arena_bytes(cut_.lanes)),
                                   cluster,
-                                  cut_.resident,
+                                  cut_.resident ? layout_.loop_units(cut_.precision) : 0,
                                   cut_.precision,
                                   cut_.staged};
     const std::size_t bytes = static_cast<std::size_t>(shared);

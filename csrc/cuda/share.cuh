@@ -7,7 +7,7 @@
 
 namespace pckernels::cuda {
 
-// Rows first .. last - 1.
+// first .. last - 1.
 struct Range {
   int first, last;
 };
@@ -15,10 +15,12 @@ struct Range {
 // A block that has its tile to itself.
 class Alone {
  public:
-  __device__ explicit Alone(const TileArguments&) {}
+  __device__ Alone(const TileArguments&, Packing) {}
   __device__ int rank() const { return 0; }
   __device__ int blocks() const { return 1; }
   __device__ Range rows(int n) const { return {0, n}; }
+  // Units of the packed weights that the block has in shared memory.
+  __device__ Range resident(const TileArguments& arguments) const { return {0, arguments.resident}; }
   __device__ bool runs_whole(const Instruction&) const { return true; }
   __device__ bool counts(const Instruction&) const { return true; }
   __device__ void meet() const { __syncthreads(); }
@@ -26,8 +28,12 @@ class Alone {
 
 class Member {
  public:
-  __device__ explicit Member(const TileArguments& arguments)
-      : blocks_(arguments.cluster), rank_(static_cast<int>(blockIdx.x) % arguments.cluster) {}
+  __device__ Member(const TileArguments& arguments, Packing packing)
+      : blocks_(arguments.cluster), rank_(static_cast<int>(blockIdx.x) % arguments.cluster) {
+    const Panel* panels = arguments.tables.panels + rank_ * arguments.tables.panels_of_block;
+    resident_.first = panels->start[static_cast<int>(packing)];
+    resident_.last = arguments.resident ? panels[arguments.tables.panels_of_loop].start[static_cast<int>(packing)] : resident_.first;
+  }
   __device__ int rank() const { return rank_; }
   __device__ int blocks() const { return blocks_; }
 
@@ -36,6 +42,8 @@ class Member {
     const int step = share_of(n, blocks_), first = rank_ * step < n ? rank_ * step : n;
     return {first, n - first < step ? n : first + step};
   }
+
+  __device__ Range resident(const TileArguments&) const { return resident_; }
 
   // Of instructions that sum: whether every block goes through all rows.
   __device__ bool runs_whole(const Instruction& i) const { return i.op == Op::LOSS && i.n > ROW_GROUP && !adds_shares(i); }
@@ -66,6 +74,7 @@ class Member {
   }
 
   const int blocks_, rank_;
+  Range resident_;
 };
 
 }  // namespace pckernels::cuda

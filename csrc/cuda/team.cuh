@@ -26,14 +26,11 @@ struct ThreadAt {
   __device__ float if_valid(float value) const { return valid ? value : 0.0f; }
 };
 
-// Shared memory of a block: what sums need, the arena, the packed weights that are resident, from unit `first` of all of them to `end`, and
-// wgmma's staging buffer.
+// Shared memory of a block: what sums need, the arena, and the packed weights that are resident.
 struct BlockMemory {
   SumMemory* sums;
   float* arena;
   const char* packed;
-  int first, end;
-  Staging staging;
 };
 
 // How weights are packed for a kernel, of which the compiler knows a part.
@@ -176,20 +173,26 @@ class CudaTeam {
     const Range mine = share_.rows(width);
     const Panel& panel = arguments_.tables.panels[share_.rank() * arguments_.tables.panels_of_block + i.unused];
     const int start = panel.start[static_cast<int>(packing_in<PRODUCT>(arguments_.precision))];
-    const bool resident = start >= memory_.first && start < memory_.end;
-    const char* packed = resident ? memory_.packed + std::ptrdiff_t{start - memory_.first} * 16  //
+    const Range here = share_.resident(arguments_);
+    const bool resident = start >= here.first && start < here.last;
+    const char* packed = resident ? memory_.packed + std::ptrdiff_t{start - here.first} * 16  //
                                   : arguments_.packed + std::ptrdiff_t{start} * 16;
     const float* from = bias ? bias + mine.first : nullptr;
     float* out = array(i.out) + mine.first * LANES;
     const int columns = mine.last - mine.first;
     if constexpr (PRODUCT == Product::WGMMA) {
       WarpgroupProduct<LANES>::run(arguments_.precision, packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate,
-                                   memory_.staging);
+                                   staging());
     } else if constexpr (PRODUCT == Product::MMA) {
       TensorProduct<LANES>::run(arguments_.precision, packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate);
     } else {
       SimtProduct<LANES>::run(packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate);
     }
+  }
+
+  // Behind the resident weights.
+  __device__ Staging staging() const {
+    return {dynamic_shared_memory() + SUM_BYTES + arguments_.arena_bytes + arguments_.resident * 16, arguments_.staged};
   }
 
   const TileArguments& arguments_;

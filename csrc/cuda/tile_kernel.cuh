@@ -11,23 +11,18 @@ __device__ void fill_zero(T* target, std::ptrdiff_t count) {
   for (std::ptrdiff_t k = threadIdx.x; k < count; k += blockDim.x) target[k] = T{};
 }
 
-// The weights that are resident are one piece of the packed ones: the first panels of the block.
-__device__ inline BlockMemory block_memory(const TileArguments& arguments, int rank, Packing packing) {
+__device__ inline BlockMemory block_memory(const TileArguments& arguments, Range resident) {
   char* memory = dynamic_shared_memory();
   char* packed = memory + SUM_BYTES + arguments.arena_bytes;
-  const Panel* panels = arguments.tables.panels + rank * arguments.tables.panels_of_block;
-  const int first = panels->start[static_cast<int>(packing)];
-  const int end = arguments.resident ? panels[arguments.tables.panels_of_loop].start[static_cast<int>(packing)] : first;
-  const uint4* source = reinterpret_cast<const uint4*>(arguments.packed) + first;
-  for (int k = threadIdx.x; k < end - first; k += blockDim.x) reinterpret_cast<uint4*>(packed)[k] = source[k];
-  const Staging staging{packed + (end - first) * 16, arguments.staged};
-  return {reinterpret_cast<SumMemory*>(memory), reinterpret_cast<float*>(memory + SUM_BYTES), packed, first, end, staging};
+  const uint4* source = reinterpret_cast<const uint4*>(arguments.packed) + resident.first;
+  for (int k = threadIdx.x; k < resident.last - resident.first; k += blockDim.x) reinterpret_cast<uint4*>(packed)[k] = source[k];
+  return {reinterpret_cast<SumMemory*>(memory), reinterpret_cast<float*>(memory + SUM_BYTES), packed};
 }
 
 template <int LANES, Product PRODUCT, class Share>
 __device__ __forceinline__ void run_tiles(const TileArguments& arguments) {
-  const Share share(arguments);
-  const BlockMemory memory = block_memory(arguments, share.rank(), packing_in<PRODUCT>(arguments.precision));
+  const Share share(arguments, packing_in<PRODUCT>(arguments.precision));
+  const BlockMemory memory = block_memory(arguments, share.resident(arguments));
   const Code code{arguments.tables.phases, arguments.tables.phase_count, arguments.tables.instructions};
   fill_zero(arguments.learned + std::ptrdiff_t{static_cast<int>(blockIdx.x)} * arguments.learn_size, arguments.learn_size);
   const int size = (arguments.steps + 1) * arguments.slots;
