@@ -89,8 +89,8 @@ struct TileArguments {
   float* learned;    // (blocks, learn_size)
   int batch, tiles, steps, slots, learn_size;
   int arena_bytes;
-  int cluster;    // blocks that execute a tile together
-  int resident;   // units of 16 bytes of `packed` that a block copies into shared memory, at most: its first panels
+  int cluster;   // blocks that execute a tile together
+  int resident;  // units of 16 bytes of `packed` that a block copies into shared memory, at most: its first panels
   Precision precision;
   int staged;  // rows of v that wgmma's staging buffer holds, the last part of shared memory; 0 without one
 };

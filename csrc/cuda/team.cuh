@@ -26,12 +26,11 @@ struct ThreadAt {
   __device__ float if_valid(float value) const { return valid ? value : 0.0f; }
 };
 
-// Shared memory of a block: what sums need, the arena, the packed weights that are resident, and wgmma's staging buffer.
+// Shared memory of a block: what sums need, the arena, and the packed weights that are resident.
 struct BlockMemory {
   SumMemory* sums;
   float* arena;
   const char* packed;
-  Staging staging;
 };
 
 // How weights are packed for a kernel, of which the compiler knows a part.
@@ -183,12 +182,17 @@ class CudaTeam {
     const int columns = mine.last - mine.first;
     if constexpr (PRODUCT == Product::WGMMA) {
       WarpgroupProduct<LANES>::run(arguments_.precision, packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate,
-                                   memory_.staging);
+                                   staging());
     } else if constexpr (PRODUCT == Product::MMA) {
       TensorProduct<LANES>::run(arguments_.precision, packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate);
     } else {
       SimtProduct<LANES>::run(packed, from, array(i.a), out, i.p[0], depth, columns, width, i.accumulate);
     }
+  }
+
+  // Behind the resident weights.
+  __device__ Staging staging() const {
+    return {dynamic_shared_memory() + SUM_BYTES + arguments_.arena_bytes + arguments_.resident * 16, arguments_.staged};
   }
 
   const TileArguments& arguments_;

@@ -16,8 +16,7 @@ __device__ inline BlockMemory block_memory(const TileArguments& arguments, Range
   char* packed = memory + SUM_BYTES + arguments.arena_bytes;
   const uint4* source = reinterpret_cast<const uint4*>(arguments.packed) + resident.first;
   for (int k = threadIdx.x; k < resident.last - resident.first; k += blockDim.x) reinterpret_cast<uint4*>(packed)[k] = source[k];
-  const Staging staging{packed + (resident.last - resident.first) * 16, arguments.staged};
-  return {reinterpret_cast<SumMemory*>(memory), reinterpret_cast<float*>(memory + SUM_BYTES), packed, staging};
+  return {reinterpret_cast<SumMemory*>(memory), reinterpret_cast<float*>(memory + SUM_BYTES), packed};
 }
 
 template <int LANES, Product PRODUCT, class Share>
