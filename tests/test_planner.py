@@ -19,6 +19,8 @@ from pckernels.instructions import Code, Op
 from pckernels.network import PCNetwork
 from pckernels.planner import ARCHITECTURES, KIB, LANES, SUM_BYTES, WGMMA_LANES, Choice, Limits, Plan, deepest, panels, plan, table
 
+pytestmark = pytest.mark.xdist_group("planner")  # what a model compiles to is found once
+
 BATCHES = (1, 64, 256, 4096)
 
 

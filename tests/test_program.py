@@ -333,7 +333,7 @@ def test_the_gram_form_needs_one_product_in_place_of_two() -> None:
 def test_the_gram_form_computes_the_same(rule: pck.Strict, monkeypatch: pytest.MonkeyPatch, interpreted: Interpreted) -> None:
     module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     for pays in (False, True):
-        monkeypatch.setattr(selection, "_cheapest", lambda call, key, pays=pays: selection.compiled(*key, gram=pays))
+        monkeypatch.setattr(selection, "cheapest", lambda key, size, pays=pays: selection.compiled(*key, gram=pays))
         assert_same(pck.PCNetwork(module, rule), (torch.randn(4, 6).double(),), torch.randn(4, 3).double())
     assert interpreted.runs == 2
 
