@@ -63,8 +63,9 @@ def test_ptx_for_newer_architectures_stops_in_place_of_warpgroup_products(tmp_pa
     """It has no wgmma, which ptxas would refuse there; the launcher does not launch it."""
     if shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc on the PATH to compile the CUDA kernels with")
-    target = tmp_path / "tile.ptx"
-    subprocess.run(["nvcc", "-std=c++17", "-O3", "-arch=compute_90", "-ptx", str(CUDA / "tile_wgmma_16.cu"), "-o", str(target)], check=True)
+    target = tmp_path / "tile.ptx"  # not a pipe: nvcc has ptxas read it again
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=compute_90", "-ptx", str(CUDA / "tile_wgmma_16.cu"), "-o", str(target)]
+    subprocess.run(command, capture_output=True, check=True)
     ptx = target.read_text(encoding="utf-8")
     assert ".entry" in ptx and "trap" in ptx and "mma" not in re.sub(r"\w*execute_tiles\w*", "", ptx)
 
