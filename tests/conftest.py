@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,30 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The emulated CUDA engine. Tests of it stay in one process (xdist_group "emulator"): the first of them compiles it."""
     return cuda_emulated.module(Path(tmp_path_factory.mktemp("cuda")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """Tests of a file marked with xdist_group go to one process, so that what they compile is compiled once.
+
+    pytest-xdist 3.8 would do it, but gives the group's name to an attribute of tests that pytest 9.2 no longer reads.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(nodeid.partition("::")[0]) or nodeid
+
+    return ByGroup(config, log)
+
+
+@lru_cache
+def _group_of(file: str) -> str | None:
+    path = Path(__file__).parent / Path(file).name
+    found = re.search(r'xdist_group\("([^"]+)"\)', path.read_text(encoding="utf-8")) if path.is_file() else None
+    return found and found[1]
 
 
 SHOWN = "shown"
