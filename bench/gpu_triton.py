@@ -2,7 +2,7 @@
 
 Strict inference, T = 20, then the local updates, of an MLP that fits on the chip and of one that does not, at batches from 1 to 8192:
 kernels alone, over the memory of one call, captured in a CUDA graph. Milliseconds: the median of the repetitions and the middle 80 %. The
-loop is that of bench/eager.py, as one would write it, with float32 products or TF32 ones. Before anything is timed, its gradients are held
+loop is that of pckernels/benchmarks/eager.py, as one would write it, with float32 products or TF32 ones. Before anything is timed, its gradients are held
 against those of the loop in float64.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import eager
 import torch
 from gpu_step import captured, milliseconds
 from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels.backends import cuda, triton
+from pckernels.benchmarks import eager
 
 BATCHES = (1, 8, 64, 512, 4096, 8192)
 STEPS, RATE = 20, 0.1

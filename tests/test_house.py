@@ -86,6 +86,14 @@ def test_ci_pins_what_the_extras_ask_for() -> None:
     assert {"torch", "ruff", "matplotlib", "triton"} <= asked <= pinned
 
 
+def test_scripts_for_a_gpu_find_what_they_import() -> None:
+    """Nothing else runs them where there is no GPU."""
+    scripts = sorted(path.stem for path in (ROOT / "bench").glob("gpu_*.py"))
+    assert scripts
+    command = [sys.executable, "-c", f"import {', '.join(scripts)}"]
+    subprocess.run(command, cwd=ROOT / "bench", env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+
 def test_files_name_no_path_outside_the_project() -> None:
     found = [f"{path.relative_to(ROOT)}:{n}: {line}" for path in project_files() for n, line in _lines(path) if OUTSIDE.search(line)]
     assert not [entry for entry in found if not entry.startswith("tests/test_house.py")]
