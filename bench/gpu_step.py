@@ -12,8 +12,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import pckernels as pck
 from pckernels.backends import cuda
+from pckernels.benchmarks.timing import recorded
 from pckernels.planner import products_on, tiers_on
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
@@ -70,16 +72,7 @@ def milliseconds(run: Callable[[], Any], seconds: float) -> dict[str, float]:
 
 def captured(run: Callable[[], Any]) -> Callable[[], None]:
     """The same work as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return recorded(run)[0]
 
 
 def autograd_step(module: nn.Module, x: Tensor, target: Tensor) -> Callable[[], None]:
@@ -90,26 +83,28 @@ def autograd_step(module: nn.Module, x: Tensor, target: Tensor) -> Callable[[], 
     return step
 
 
-def kernels_of(network: pck.PCNetwork, x: Tensor, target: Tensor) -> Callable[[], None]:
-    """The engine's part of a call, over the memory of one call."""
+def kernels_of(backend: ModuleType, network: pck.PCNetwork, x: Tensor, target: Tensor) -> Callable[[], None]:
+    """The kernels of one call, to be launched again over its memory. The call leaves its gradients with the parameters."""
     seen: list[tuple[Any, ...]] = []
-    execute = cuda.execute
+    name = "execute" if backend is cuda else "launch"
+    entry, launch = getattr(backend, name), backend.launch
 
     def remember(*arguments: Any) -> None:
         seen.append(arguments)
-        cuda.launch(*arguments)
+        launch(*arguments)
 
-    cuda.execute = remember
+    setattr(backend, name, remember)
     try:
+        network.zero_grad()
         network.backward(x, target)
     finally:
-        cuda.execute = execute
+        setattr(backend, name, entry)
 
-    def launch() -> None:
+    def again() -> None:
         for each in seen:
-            cuda.launch(*each)
+            launch(*each)
 
-    return launch
+    return again
 
 
 def disagreement(module: nn.Module, x: Tensor, target: Tensor) -> float:
@@ -144,7 +139,7 @@ def measured(model: str, batch: int, seconds: float) -> Iterator[dict[str, Any]]
             with cuda.options(precision, product=product):
                 network = pck.PCNetwork(module, rule, backend="cuda")
                 plan = network.infer(x, target).plan
-                kernels = kernels_of(network, x, target)
+                kernels = kernels_of(cuda, network, x, target)
                 label = f"PC {name}, {precision} {product}"
                 yield {**case, "method": f"{label}, kernels in a CUDA graph", "plan": plan, **milliseconds(captured(kernels), seconds)}
                 if precision == "fp32":
@@ -165,7 +160,7 @@ def by_tier(module: nn.Module, x: Tensor, target: Tensor, case: dict[str, Any], 
                 except pck.Unsupported as refusal:
                     yield {**case, "method": method, "error": str(refusal)}
                     continue
-                yield {**case, "method": method, "plan": plan, **milliseconds(captured(kernels_of(network, x, target)), seconds)}
+                yield {**case, "method": method, "plan": plan, **milliseconds(captured(kernels_of(cuda, network, x, target)), seconds)}
 
 
 def attempted(model: str, batch: int, seconds: float) -> list[dict[str, Any]]:
@@ -176,6 +171,19 @@ def attempted(model: str, batch: int, seconds: float) -> list[dict[str, Any]]:
     except Exception as error:
         rows.append({"model": model, "batch": batch, "method": "FAILED", "ok": False, "error": f"{type(error).__name__}: {error}"})
     return rows
+
+
+def rows_within(
+    limit: float, models: Iterable[str], batches: Iterable[int], measure: Callable[[str, int], list[dict[str, Any]]]
+) -> Iterator[list[dict[str, Any]]]:
+    """What is measured of each model at each batch; of those that would begin after `limit` seconds, a row that says so."""
+    began, models = time.monotonic(), list(models)
+    for batch in batches:
+        for model in models:
+            if time.monotonic() - began > limit:
+                yield [{"model": model, "batch": batch, "method": "left out", "error": "no time left"}]
+            else:
+                yield measure(model, batch)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -189,16 +197,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.25, help="for each measurement")
     parser.add_argument("--limit", type=float, default=90.0, help="seconds after which no new case begins")
     arguments = parser.parse_args()
-    began = time.monotonic()
     rows: list[dict[str, Any]] = []
-    for batch in BATCHES:
-        for model in MODELS:
-            if time.monotonic() - began > arguments.limit:
-                rows.append({"model": model, "batch": batch, "method": "left out", "error": "no time left"})
-                continue
-            rows += attempted(model, batch, arguments.seconds)
-            device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "rows": rows}
-            arguments.out.write_text(json.dumps(device, indent=1) + "\n", encoding="utf-8")
+    for some in rows_within(arguments.limit, MODELS, BATCHES, lambda model, batch: attempted(model, batch, arguments.seconds)):
+        rows += some
+        device = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "rows": rows}
+        arguments.out.write_text(json.dumps(device, indent=1) + "\n", encoding="utf-8")
     print("\n".join(line(row) for row in rows))
     return 0 if all(row.get("ok", True) for row in rows) else 1
 

@@ -2,8 +2,8 @@
 
 Strict inference, T = 20, then the local updates, of an MLP that fits on the chip and of one that does not, at batches from 1 to 8192:
 kernels alone, over the memory of one call, captured in a CUDA graph. Milliseconds: the median of the repetitions and the middle 80 %. The
-loop is that of pckernels/benchmarks/eager.py, as one would write it, with float32 products or TF32 ones. Before anything is timed, its gradients are held
-against those of the loop in float64.
+loop is that of pckernels/benchmarks/eager.py, as one would write it, with float32 products or TF32 ones. Before anything is timed, its
+gradients are held against those of the loop in float64.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import copy
 import itertools
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from gpu_step import captured, milliseconds
+from gpu_step import captured, kernels_of, milliseconds, rows_within
 from torch import Tensor, nn
 
 import pckernels as pck
@@ -41,30 +40,6 @@ def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
     for k, n in itertools.pairwise(sizes):
         layers += [nn.Linear(k, n), nn.ReLU()]
     return nn.Sequential(*layers[:-1]).cuda()
-
-
-def kernels_of(backend: ModuleType, network: pck.PCNetwork, x: Tensor, target: Tensor) -> Callable[[], None]:
-    """The kernels of one call, to be launched again over its memory. The call leaves its gradients with the parameters."""
-    seen: list[tuple[Any, ...]] = []
-    name = "execute" if backend is cuda else "launch"
-    entry, launch = getattr(backend, name), backend.launch
-
-    def remember(*arguments: Any) -> None:
-        seen.append(arguments)
-        launch(*arguments)
-
-    setattr(backend, name, remember)
-    try:
-        network.zero_grad()
-        network.backward(x, target)
-    finally:
-        setattr(backend, name, entry)
-
-    def again() -> None:
-        for each in seen:
-            launch(*each)
-
-    return again
 
 
 def exact_gradients(module: nn.Sequential, x: Tensor, target: Tensor) -> list[Tensor]:
@@ -138,13 +113,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.1, help="for each measurement")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which no new case begins")
     arguments = parser.parse_args()
-    began, rows = time.monotonic(), []
-    for batch in BATCHES:
-        for model in MODELS:
-            if time.monotonic() - began > arguments.limit:
-                rows.append({"model": model, "batch": batch, "method": "left out", "error": "no time left"})
-                continue
-            rows += cases(model, batch, arguments.seconds)
+    measured = rows_within(arguments.limit, MODELS, BATCHES, lambda model, batch: cases(model, batch, arguments.seconds))
+    rows = [row for some in measured for row in some]
     import triton as compiler
 
     versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": compiler.__version__}

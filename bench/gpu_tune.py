@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import MODELS, captured, milliseconds
-from gpu_triton import kernels_of
+from gpu_step import MODELS, captured, kernels_of, milliseconds
 
 import pckernels as pck
 from pckernels.backends import triton

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pckernels.backends import cuda, host, triton
 from pckernels.benchmarks import eager
 from pckernels.benchmarks.cases import Case
+from pckernels.benchmarks.timing import recorded
 from pckernels.benchmarks.verification import Gradients, gradients_of
 from pckernels.errors import Unsupported
 from pckernels.network import PCNetwork
@@ -196,18 +197,10 @@ def _captured(make: Callable[..., Contender]) -> Maker:
 
 def captured(run: Callable[[], object], arena: Arena) -> tuple[Callable[[], None], list[Tensor]]:
     """A replay of `run`, and the tensors in which it leaves its gradients."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        returned = run()
+    replay, returned = recorded(run)
     if isinstance(returned, list):
-        return graph.replay, returned
-    return graph.replay, [p.grad for p in arena.module.parameters() if p.grad is not None]
+        return replay, returned
+    return replay, [p.grad for p in arena.module.parameters() if p.grad is not None]
 
 
 RIVALS: dict[str, Maker] = {

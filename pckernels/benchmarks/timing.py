@@ -40,6 +40,20 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def recorded(run: Callable[[], object]) -> tuple[Callable[[], None], object]:
+    """A replay of `run` as one CUDA graph, and what `run` returned when it was recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = run()
+    return graph.replay, returned
+
+
 def summary(values: Sequence[float]) -> dict[str, float | int]:
     """Median, quartiles, extremes."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
