@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -60,12 +59,7 @@ def test_products(built: Any, positions: int, inputs: int, outputs: int, accumul
 
 @pytest.fixture
 def on_clusters(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("test_native_ops", reason="the native engine is not built")
-
-    def check_here(make: Callable[[int], Case], tolerance: float = 0.0, learns: bool = False) -> None:
-        emulated.check(built, make, [cut(1, 2), cut(8, 4), cut(16, 2)], (1, 17))
-
-    monkeypatch.setattr(module, "check", check_here)
+    emulated.check_native_ops_on(built, monkeypatch, [cut(1, 2), cut(8, 4), cut(16, 2)])
 
 
 @pytest.mark.usefixtures("on_clusters")
@@ -83,11 +77,7 @@ class TestOperations:
             of_native_ops("test_copy")(accumulate=True, p=p)
 
     def test_dynamics_and_sums(self) -> None:
-        for flag in (False, True):
-            of_native_ops("test_dynamics")(flag)
-            of_native_ops("test_norm")(100, flag)
-            of_native_ops("test_squared_error")(flag)
-        of_native_ops("test_cross_entropy")(9)
+        emulated.check_dynamics_and_sums()
 
     def test_activations(self) -> None:
         for kind in of_native_ops("Activation"):

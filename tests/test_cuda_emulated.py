@@ -88,15 +88,27 @@ def of_native_ops(name: str) -> Any:
     return getattr(pytest.importorskip("test_native_ops", reason="the native engine is not built"), name, None)
 
 
-@pytest.fixture
-def on_emulated_kernels(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_native_ops_on(built: Any, monkeypatch: pytest.MonkeyPatch, cuts: list[tuple[Any, ...]]) -> None:
+    """From here on, tests of test_native_ops check the emulated kernels, cut as these say."""
     module = pytest.importorskip("test_native_ops", reason="the native engine is not built")
-    cuts = [(1,), (4,), (8,), (16,), (8, "fp32", "stream", 1)]
 
     def check_here(make: Callable[[int], Case], tolerance: float = 0.0, learns: bool = False) -> None:
         check(built, make, cuts, (1, 17))
 
     monkeypatch.setattr(module, "check", check_here)
+
+
+def check_dynamics_and_sums() -> None:
+    for flag in (False, True):
+        of_native_ops("test_dynamics")(flag)
+        of_native_ops("test_norm")(100, flag)
+        of_native_ops("test_squared_error")(flag)
+    of_native_ops("test_cross_entropy")(9)
+
+
+@pytest.fixture
+def on_emulated_kernels(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_native_ops_on(built, monkeypatch, [(1,), (4,), (8,), (16,), (8, "fp32", "stream", 1)])
 
 
 @pytest.mark.usefixtures("on_emulated_kernels")
@@ -117,11 +129,7 @@ class TestOperations:
             of_native_ops("test_copy")(accumulate=accumulate, p=p)
 
     def test_dynamics_and_sums(self) -> None:
-        for flag in (False, True):
-            of_native_ops("test_dynamics")(flag)
-            of_native_ops("test_norm")(100, flag)
-            of_native_ops("test_squared_error")(flag)
-        of_native_ops("test_cross_entropy")(9)
+        check_dynamics_and_sums()
 
     @pytest.mark.parametrize("size", [1e-2, 5.0])
     def test_activations(self, size: float) -> None:

@@ -33,11 +33,7 @@ def compare(module: nn.Module, rule: pck.rules.Rule, shape: tuple[int, ...], tar
         found = backends.run(ours, rule, "squared_error", x.cuda(), y.cuda())
         expected = backends.run(exact, rule, "squared_error", x.double(), y.double())
         reference = backends.run(plain, rule, "squared_error", x, y)
-        sizes = [float(value.abs().max()) for key, value in expected.items() if key.startswith("value")]
-        slack = 8 * backends.UNIT * max([1.0, *sizes])
-        for key, value in expected.items():
-            off = backends.relative(found[key].cpu(), value)
-            assert off <= 2 * backends.relative(reference[key], value) + slack, (key, call, off)
+        backends.assert_no_worse({key: value.cpu() for key, value in found.items()}, reference, expected)
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,14 @@ test_triton_kernels.py, test_triton_step.py and test_triton_chain.py run their k
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
+import gpu
 import pytest
 import test_backends as backends
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import pckernels as pck
 from pckernels.backends import device_op, triton
@@ -34,30 +35,7 @@ RULES = [
 UNIT = {"tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
 
 
-@lru_cache
-def moved(network: pck.PCNetwork) -> pck.PCNetwork:
-    """The same parameters on the GPU."""
-    return pck.PCNetwork(copy.deepcopy(network.module).cuda(), pck.ZeroDivergence(), backend="triton")
-
-
-def on_gpu(network: pck.PCNetwork, rule: pck.rules.Rule, loss: str, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-    found = backends.run(moved(network), rule, loss, x.cuda(), target.cuda())
-    return {name: value.cpu() for name, value in found.items()}
-
-
-def assert_as_good(name: str, rule: pck.rules.Rule, batch: int, loss: str = "squared_error") -> None:
-    wide, narrow = backends.networks(name)
-    x, target = backends.data(name, batch, loss)
-    exact = backends.run(wide, rule, loss, x.double(), target.double() if target.is_floating_point() else target)
-    narrow.backend = "reference"
-    reference = backends.run(narrow, rule, loss, x, target)
-    ours = on_gpu(narrow, rule, loss, x, target)
-    assert set(ours) == set(exact)
-    sizes = [float(value.abs().max()) for key, value in exact.items() if key.startswith("value") and value.numel()]
-    slack = 8 * backends.UNIT * max([1.0, *sizes])
-    for key, expected in exact.items():
-        off = backends.relative(ours[key], expected)
-        assert off <= 2 * backends.relative(reference[key], expected) + slack, (key, off)
+moved, on_gpu, assert_as_good = (partial(function, "triton") for function in (gpu.moved, gpu.on_gpu, gpu.assert_as_good))
 
 
 @pytest.mark.parametrize("name", backends.KINDS)
