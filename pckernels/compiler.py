@@ -128,7 +128,7 @@ def compile_steps(
     if dynamics.learn_on_arrival:
         raise Unsupported("the literal zero-divergence dynamics run on the levelled graph, which only the reference has")
     steps = steps_on(graph, dynamics.steps)
-    (nudge,) = dynamics.nudges  # of several, each is a run of its own
+    (nudge,) = dynamics.nudges  # of several, each is a run of its own: see phases in backends/selection.py
     emitter = Emitter(program, objectives, learning, live=dynamics.moves != "errors", nudge=nudge)
     emitter.section(0, 0)
     for node in program.nodes:

@@ -32,6 +32,7 @@ from pckernels.backends.results import (
     feed_forward_outcome,
     outcome,
     relaxation,
+    together,
 )
 from pckernels.backends.state import State
 from pckernels.backends.weighted_chain import weighted_sweep
@@ -68,13 +69,7 @@ def _relax_values(bound: Bound, call: Call) -> Outcome:
     nudges = call.dynamics.nudges
     phases = [_descend(bound, call, beta) for beta in nudges]
     gradients = learned(bound, call, *[phase.taught for phase in phases], coefficients=[1.0 / (beta * len(nudges)) for beta in nudges])
-    outcomes = [phase.outcome(call) for phase in phases]
-    good = torch.stack([each.good for each in outcomes]).all()
-    return replace(outcomes[0], gradients=gradients, good=good, complaint=lambda: _first_bad(outcomes).complaint())
-
-
-def _first_bad(outcomes: list[Outcome]) -> Outcome:
-    return next(each for each in outcomes if not bool(each.good))
+    return replace(together([phase.outcome(call) for phase in phases]), gradients=gradients)
 
 
 @dataclass(frozen=True)

@@ -145,20 +145,16 @@ def phases(call: Call) -> list[Call]:
     nudges = call.dynamics.nudges
     if call.objective is None or not call.dynamics.is_nudged:
         return [call]
-    if "phases" not in call.memo:
-        shares = [1.0 / (beta * len(nudges)) for beta in nudges]
-        call.memo["phases"] = [
-            replace(call, dynamics=replace(call.dynamics, nudges=(beta,)), factor=call.factor * share, memo={"phases": None})
-            for beta, share in zip(nudges, shares, strict=True)
-        ]
-    return call.memo["phases"] or [call]
+    return [
+        replace(call, dynamics=replace(call.dynamics, nudges=(beta,)), factor=call.factor * (1.0 / (beta * len(nudges))), memo={})
+        for beta in nudges
+    ]
 
 
 def code_of(call: Call) -> Compiled | str:
-    """The code that a call needs, or why there is none. (The code of its first run; those of the others have the same shape.)"""
+    """The code that a call needs, or why there is none."""
     if "code" not in call.memo:
-        first = phases(call)[0]
-        call.memo["code"] = cheapest((first.trace.graph, *_kind_of(first), _learning(first)), first.size or 0)
+        call.memo["code"] = cheapest((call.trace.graph, *_kind_of(call), _learning(call)), call.size or 0)
     return call.memo["code"]
 
 
@@ -180,11 +176,17 @@ def code_for(graph: ComputationGraph, rule: Dynamics, batch: int) -> Compiled | 
 
 
 def cheapest(key: tuple[ComputationGraph, Dynamics | None, Objectives, frozenset[str]], batch: int) -> Compiled | str:
-    """In the Gram form where it pays: it costs a product W W^T a call, and saves one product a step."""
-    code = compiled(*key, gram=True)
+    """In the Gram form where it pays: it costs a product W W^T a call, and saves one product a step.
+
+    Of several nudges, each of which is a run of its own (see `phases`), the code of the first; the others' has the same shape.
+    """
+    graph, dynamics, objectives, learning = key
+    if dynamics is not None and len(dynamics.nudges) > 1:
+        dynamics = replace(dynamics, nudges=dynamics.nudges[:1])
+    code = compiled(graph, dynamics, objectives, learning, gram=True)
     width = 0 if isinstance(code, str) else code.gram_width
-    steps = 0 if key[1] is None else key[1].steps or 0
-    return code if steps * batch >= 2 * width else compiled(*key, gram=False)
+    steps = 0 if dynamics is None else dynamics.steps or 0
+    return code if steps * batch >= 2 * width else compiled(graph, dynamics, objectives, learning, gram=False)
 
 
 @lru_cache(maxsize=64)
