@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 Nudge = float | tuple[str, float]
@@ -84,7 +85,7 @@ class Rule:
                 raise TypeError(f"{name}= is an option of {' and '.join(owners)}, not of {cls.__name__}; drop it, or choose such a rule.")
         return super().__new__(cls)
 
-    @property
+    @cached_property  # every call asks for it several times
     def dynamics(self) -> Dynamics:
         """The rule as a backend sees it."""
         raise NotImplementedError
@@ -127,7 +128,7 @@ class Strict(Rule):
             require_number("tolerance", self.tolerance, above=0.0)
         require_nudge(self.nudge)
 
-    @property
+    @cached_property
     def dynamics(self) -> Dynamics:
         return Dynamics("values", self.steps, self.rate, self.momentum, self.sweep, self.tolerance, nudges=_betas(self.nudge))
 
@@ -162,7 +163,7 @@ class ErrorOptimization(Rule):
     def __post_init__(self) -> None:
         require_descent(self.steps, self.rate, self.momentum, self.sweep)
 
-    @property
+    @cached_property
     def dynamics(self) -> Dynamics:
         return Dynamics("free_errors", self.steps, self.rate, self.momentum, self.sweep)
 
@@ -203,7 +204,7 @@ class Incremental(Rule):
         if self.weight_rate is not None:
             require_number("weight_rate", self.weight_rate, at_least=0.0)
 
-    @property
+    @cached_property
     def dynamics(self) -> Dynamics:
         course = Dynamics("values", self.steps, self.rate, self.momentum, self.sweep)
         return replace(course, learn_at_each_step=True, weight_rate=self.weight_rate)
@@ -236,7 +237,7 @@ class FixedPrediction(Rule):
         require_choice("solver", self.solver, ("closed_form", "iterate"))
         require_choice("order", self.order, ("global", "nested"))
 
-    @property
+    @cached_property
     def dynamics(self) -> Dynamics:
         return Dynamics("errors", self.steps, self.rate, closed_form=self.solver == "closed_form", nested=self.order == "nested")
 
@@ -258,7 +259,7 @@ class ZeroDivergence(Rule):
     def __post_init__(self) -> None:
         require_choice("solver", self.solver, ("sweep", "iterate"))
 
-    @property
+    @cached_property
     def dynamics(self) -> Dynamics:
         if self.solver == "sweep":
             return Dynamics("errors", None, 1.0, closed_form=True, learn_on_arrival=True)
@@ -314,7 +315,7 @@ class Relaxed(Rule):
             )
         object.__setattr__(self, "exact", self.rule.exact)
 
-    @property
+    @cached_property
     def dynamics(self) -> Dynamics:
         rule = self.rule
         if self.error_weights != "identity" and isinstance(rule, FixedPrediction | ZeroDivergence):
