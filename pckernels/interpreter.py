@@ -7,7 +7,6 @@ backend and the engine. Slow, and meant to be read beside instructions.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -326,15 +325,6 @@ class PoolShape:
             total[:, :, h : h + self._span(0) : self.stride[0], w : w + self._span(1) : self.stride[1]] += share(place)
         (top, left), (below, right) = self.padding, (self.padding[0] + self.height, self.padding[1] + self.width)
         return total[:, :, top:below, left:right].flatten(1)
-
-    @cached_property
-    def counts(self) -> Tensor:
-        """(OH, OW): what each window's average divides by."""
-        ones = torch.ones(1, 1, self.height, self.width)
-        if not self.inside_only:
-            ones = F.pad(ones, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]), value=1.0)
-        padding = self.padding if self.inside_only else (0, 0)
-        return F.avg_pool2d(ones, self.kernel, self.stride, padding, False, True, 1)[0, 0]
 
     def _offsets(self, axis: int) -> list[int]:
         return [k * self.dilation[axis] for k in range(self.kernel[axis])]

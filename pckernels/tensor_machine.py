@@ -7,7 +7,7 @@ and merged products are in the code already; what is left to save is the launche
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from pckernels.interpreter import ConvShape, PoolShape, activate
 from pckernels.memory import Packed
 from pckernels.products import multiply
 from pckernels.tensor_layout import Layout, Stage
+
+conv_shape, pool_shape = lru_cache(maxsize=256)(ConvShape), lru_cache(maxsize=256)(PoolShape)  # the same at every step
 
 
 class Machine:
@@ -193,12 +195,12 @@ def _product(m: Machine, i: Draft, depth: int, width: int, positions: int, bias:
 
 def _conv(m: Machine, i: Draft) -> None:
     assert i.a is not None
-    m.put(i.out, operations.convolution(ConvShape(i.p), m.get(i.a), m.weights[i.slot], _bias(m, i)), i.accumulate)
+    m.put(i.out, operations.convolution(conv_shape(i.p), m.get(i.a), m.weights[i.slot], _bias(m, i)), i.accumulate)
 
 
 def _conv_t(m: Machine, i: Draft) -> None:
     assert i.a is not None
-    m.put(i.out, operations.convolution_feedback(ConvShape(i.p), m.get(i.a), m.weights[i.slot]), i.accumulate)
+    m.put(i.out, operations.convolution_feedback(conv_shape(i.p), m.get(i.a), m.weights[i.slot]), i.accumulate)
 
 
 # Activations
@@ -269,7 +271,7 @@ def _mul_grad(m: Machine, i: Draft) -> None:
 
 def _maxpool(m: Machine, i: Draft) -> None:
     assert i.a is not None
-    values, places = operations.maxima(PoolShape(i.p), m.get(i.a))
+    values, places = operations.maxima(pool_shape(i.p), m.get(i.a))
     m.put(i.out, values)
     m.put(i.b, places)
 
@@ -277,29 +279,29 @@ def _maxpool(m: Machine, i: Draft) -> None:
 def _maxpool_change(m: Machine, i: Draft) -> None:
     assert i.a is not None and i.b is not None and i.c is not None
     (known,) = m.constants.get(id(i), (None,))
-    values, places = operations.maxima_change(PoolShape(i.p), m.get(i.a), m.get(i.b), m.get(i.c), known)
+    values, places = operations.maxima_change(pool_shape(i.p), m.get(i.a), m.get(i.b), m.get(i.c), known)
     m.put(i.out, values)
     m.put(i.d, places)
 
 
 def _maxpool_constants(m: Machine, i: Draft) -> tuple[Tensor, ...]:
     assert i.a is not None and i.c is not None
-    return (operations.maxima_constants(PoolShape(i.p), m.get(i.a), m.get(i.c)),)
+    return (operations.maxima_constants(pool_shape(i.p), m.get(i.a), m.get(i.c)),)
 
 
 def _maxpool_grad(m: Machine, i: Draft) -> None:
     assert i.a is not None and i.b is not None
-    m.put(i.out, operations.maxima_feedback(PoolShape(i.p), m.get(i.a), m.get(i.b)), i.accumulate)
+    m.put(i.out, operations.maxima_feedback(pool_shape(i.p), m.get(i.a), m.get(i.b)), i.accumulate)
 
 
 def _avgpool(m: Machine, i: Draft) -> None:
     assert i.a is not None
-    m.put(i.out, operations.average(PoolShape(i.p), m.get(i.a)), i.accumulate)
+    m.put(i.out, operations.average(pool_shape(i.p), m.get(i.a)), i.accumulate)
 
 
 def _avgpool_t(m: Machine, i: Draft) -> None:
     assert i.a is not None
-    m.put(i.out, operations.average_feedback(PoolShape(i.p), m.get(i.a)), i.accumulate)
+    m.put(i.out, operations.average_feedback(pool_shape(i.p), m.get(i.a)), i.accumulate)
 
 
 # The dynamics
@@ -353,12 +355,12 @@ def _conv_learn(m: Machine, i: Draft) -> None:
     assert i.a is not None and i.b is not None
     x = m.get(i.b) if i.c is None else m.get(i.b) + m.get(i.c)
     gradient = m.memory.gradients[i.slot]
-    gradient.add_(operations.convolution_update(ConvShape(i.p), m.get(i.a), x).view_as(gradient), alpha=i.f[0])
+    gradient.add_(operations.convolution_update(conv_shape(i.p), m.get(i.a), x).view_as(gradient), alpha=i.f[0])
 
 
 def _sum_learn(m: Machine, i: Draft) -> None:
     assert i.a is not None
-    gradient, parts = m.memory.gradients[i.slot], m.get(i.a).reshape(m.batch, i.p[0], i.p[1], prod(i.p[2:3]))
+    gradient, parts = m.memory.gradients[i.slot], m.get(i.a).reshape(m.batch, i.p[0], i.p[1], i.p[2])
     gradient.add_(parts.sum((0, 1, 3)).view_as(gradient), alpha=i.f[0])
 
 
