@@ -26,6 +26,14 @@ def clamped(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
+def broadcasts_to(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor broadcasts to this very shape."""
+    try:
+        return torch.broadcast_shapes(tensor.shape, shape) == torch.Size(shape)
+    except RuntimeError:
+        return False
+
+
 class Arguments:
     """The arguments of one call, flattened.
 

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from pckernels.arguments import Arguments, clamped, is_batched
+from pckernels.arguments import Arguments, broadcasts_to, clamped, is_batched
 from pckernels.errors import Unsupported
 from pckernels.graph import Trace
 from pckernels.rules import Rule, require_number
@@ -223,11 +223,7 @@ def _mask(what: str, mask: Any, shape: tuple[int, ...], device: torch.device) ->
 
 
 def _check_broadcast(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    try:
-        fits = torch.broadcast_shapes(tensor.shape, shape) == torch.Size(shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts_to(tensor, shape):
         raise ValueError(f"{what} must broadcast to shape {shape}; got {tuple(tensor.shape)}.")
 
 

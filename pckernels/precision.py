@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pckernels.arguments import broadcasts_to
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph, Trace, Vertex
 from pckernels.rules import Dynamics
@@ -80,11 +81,7 @@ def _check_shape(vertex: Vertex, value: Tensor) -> None:
         return
     if shape is None or not all(isinstance(size, int) for size in shape):
         raise ValueError(f"precision: the value of {vertex.name!r} has no shape of its own beside the batch; give it a number.")
-    try:
-        fits = torch.broadcast_shapes(value.shape, shape) == torch.Size(shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts_to(value, shape):
         raise ValueError(f"precision: the tensor for {vertex.name!r} has shape {tuple(value.shape)}; it must broadcast to {tuple(shape)}.")
 
 
