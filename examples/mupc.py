@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 
 import torch
@@ -18,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import pckernels as pck
+from pckernels.jsonfile import add_json_argument, write_json
 
 WIDTH, BATCH, CLASSES = 64, 64, 10
 RATES = (0.1, 0.3, 0.5)
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--out", help="a figure")
-    parser.add_argument("--json", help="the numbers")
+    add_json_argument(parser)
     args = parser.parse_args()
     data, validation, test = digits()
     results = []
@@ -122,8 +122,7 @@ def main() -> None:
                 }
             )
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+        write_json(args.json, results)
     if args.out:
         draw(results, args.out)
 

@@ -9,10 +9,10 @@ MNIST is read from --data-dir, or PCKERNELS_DATA.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from typing import Any
 
+from pckernels.jsonfile import add_json_argument, write_json
 from pckernels.settings import TrainConfig
 from pckernels.train import train
 from pckernels.training import Diverged
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--train-samples", type=int, default=6400)
     parser.add_argument("--test-samples", type=int, default=2000)
     parser.add_argument("--data-dir")
-    parser.add_argument("--json", help="the numbers")
+    add_json_argument(parser)
     args = parser.parse_args()
     rows = []
     for rule in args.rules:
@@ -70,8 +70,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":
