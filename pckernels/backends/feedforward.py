@@ -123,7 +123,6 @@ class Bound:
         self.clamped = call.clamps.held
         self.environment: dict[str, object] = {**call.tensors, **(held or {})}
         self.dynamics, self.extra = call.dynamics, call.extra
-        self.tensors = call.tensors
         self.sources: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self._read_parameters(call.tensors)
