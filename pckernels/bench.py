@@ -115,10 +115,10 @@ def _suite(args: argparse.Namespace, cases: list[Case], device: torch.device) ->
 def _curves(setting: Setting, name: str) -> dict[str, Any]:
     seconds = CURVE_SECONDS[name]
     try:
-        found: dict[str, Any] = {"errors": curves.errors(setting, seconds), "slope": curves.slope(setting, seconds / 2)}
+        found: dict[str, Any] = {"errors": curves.errors(setting, seconds), "slopes": curves.slopes(setting, seconds / 2)}
     except Disagreement as error:
         return {"refused": str(error)}
-    return {**found, "memory": curves.memory()} if setting.device.type == "cpu" else found
+    return {**found, "memory": curves.memory(setting.device)}
 
 
 def _peers(args: argparse.Namespace) -> dict[str, str]:

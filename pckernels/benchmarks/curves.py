@@ -1,11 +1,12 @@
-"""What is measured beside the cases: time to a given gradient error, the slope of time in T, and memory as T grows."""
+"""What is measured beside the cases: time to a given gradient error, the slope of time in T and its prediction, memory as T grows."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,20 @@ from typing import Any
 import torch
 
 from pckernels.backends import selection
-from pckernels.benchmarks import timing
-from pckernels.benchmarks.cases import EXACT, PAPER_MLP, RATE, rule_name, strict
+from pckernels.benchmarks import timing, work
+from pckernels.benchmarks.cases import CNN, EXACT, PAPER_MLP, RATE, rule_name, strict
 from pckernels.benchmarks.ledger import ledger
 from pckernels.benchmarks.models import Model
+from pckernels.benchmarks.probes import Probes, Times
 from pckernels.benchmarks.runner import Setting, tile_of
 from pckernels.benchmarks.verification import autograd_gradients, gradients_of, require_agreement, whole_distance
+from pckernels.compiler import Compiled
 from pckernels.dispatch import backends
+from pckernels.errors import Unsupported
 from pckernels.network import PCNetwork
 from pckernels.rules import FixedPrediction, Rule
 
 STEPS = (1, 10, 100, 1000)  # of the memory's row
-SLOPE_STEPS = (20, 40, 80, 160)
 BATCH = 64
 
 
@@ -70,45 +73,84 @@ def errors(setting: Setting, seconds: float) -> dict[str, Any]:
 # Time and memory in T
 
 
-def slope(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Milliseconds of strict inference at several T, the least-squares slope, how straight it is, and what the ledger allows a step."""
-    module, x, target = _drawn(PAPER_MLP, setting)
-    networks = {T: PCNetwork(module, strict(T), backend=backend_for(setting.device), **PAPER_MLP.pc) for T in SLOPE_STEPS}
-    _require_right(networks[SLOPE_STEPS[0]], module, x, target)
-    runs = {str(T): partial(_call, network, x, target) for T, network in networks.items()}
-    found = timing.rounds(runs, seconds, setting.device)
-    times = {T: statistics.median(found[str(T)]) for T in SLOPE_STEPS}
-    measured, start = statistics.linear_regression(list(times), list(times.values()))
-    bend = max(abs(times[T] - start - measured * T) / times[T] for T in times)
-    code = selection.code_for(networks[SLOPE_STEPS[0]].trace(x), strict(SLOPE_STEPS[0]).dynamics, BATCH)
-    assert not isinstance(code, str), code
-    tile, resident = tile_of(code, BATCH, setting.device)
-    step = ledger(code, BATCH, tile).step
-    return {
-        "model": PAPER_MLP.name,
-        "batch": BATCH,
-        "ms": {str(T): ms for T, ms in times.items()},
-        "ms_a_step": measured,
-        "bend": bend,
-        "in_turn_ms_a_step": setting.ceilings.in_turn(step, resident),
-        "floor_ms_a_step": setting.ceilings.floor(step, resident),
-    }
+@dataclass(frozen=True)
+class Slope:
+    """A model and a rule whose time a step is predicted, and the T at which it is measured."""
+
+    model: Model
+    rule: Callable[[int], Rule]
+    steps: tuple[int, ...] = (20, 40, 80, 160)
 
 
-def memory(batch: int = 256) -> dict[str, Any] | None:
-    """Bytes by which one call raises the peak of the process at each T, after a first call of the same T; None where nobody can tell.
+SLOPES = (
+    Slope(PAPER_MLP, strict),
+    Slope(PAPER_MLP, lambda steps: FixedPrediction(steps, RATE, solver="iterate")),
+    Slope(CNN, strict, (5, 10, 20, 40)),
+)
 
-    Results that grow by nature are the energies, 8 bytes a vertex and step. Peaks are of resident pages, so a few dozen KiB are noise.
+
+def slopes(setting: Setting, seconds: float) -> list[dict[str, Any]]:
+    """For each of SLOPES: milliseconds at several T, the slope, how straight it is, and the slope that the ledger predicts."""
+    return [slope(which, setting, seconds) for which in SLOPES]
+
+
+def slope(which: Slope, setting: Setting, seconds: float) -> dict[str, Any]:
+    """One of them, in time of the processor, so that what others do on the machine counts neither here nor in the prediction.
+
+    What a unit of work costs (probes.py) is measured in the same rounds; how much work a step is, the ledger has counted (work.py).
     """
-    if not Path("/proc/self/clear_refs").exists():
+    module, x, target = _drawn(which.model, setting)
+    networks = {T: PCNetwork(module, which.rule(T), backend=backend_for(setting.device), **which.model.pc) for T in which.steps}
+    row = {"model": which.model.name, "rule": rule_name(which.rule(which.steps[0])).split(" T=")[0], "batch": BATCH}
+    try:
+        _require_right(networks[which.steps[0]], x, target)
+        code = selection.code_for(networks[which.steps[0]].trace(x), which.rule(which.steps[0]).dynamics, BATCH)
+        if isinstance(code, str):
+            raise Unsupported(code)
+        alone = Probes.of(code, BATCH, setting.device)
+        runs = alone.runs()
+        runs.update({str(T): partial(_call, network, x, target) for T, network in networks.items()})
+        found = timing.rounds(runs, seconds, setting.device, clock=timing.processor_clock(setting.device))
+    except Unsupported as error:
+        return {**row, "not_measured": str(error)}
+    times = {T: statistics.median(found[str(T)]) for T in which.steps}
+    return {**row, **line_through(times), **predicted(alone, found), **_floor(code, setting)}
+
+
+def line_through(times: Mapping[int, float]) -> dict[str, Any]:
+    """Milliseconds at each T, the slope, and by what part of its time the point that lies furthest off the line is off."""
+    measured, start = statistics.linear_regression(list(times), list(times.values()))
+    bend = max(abs(ms - start - measured * T) / ms for T, ms in times.items())
+    return {"ms": {str(T): ms for T, ms in times.items()}, "ms_a_step": measured, "bend": bend}
+
+
+def predicted(alone: Probes, times: Times) -> dict[str, Any]:
+    """Milliseconds of a step by the ledger's counts, each times what one of its kind costs by the probes."""
+    costs = alone.costs(times)
+    counts = sorted(work.work(alone.compiled, alone.batch).items(), key=lambda item: -item[1] * costs[item[0]])
+    parts = [{"what": str(kind), "count": count, "ns": 1e6 * costs[kind], "ms": count * costs[kind]} for kind, count in counts]
+    return {"predicted_ms_a_step": sum(count * costs[kind] for kind, count in counts), "parts": parts}
+
+
+def _floor(code: Compiled, setting: Setting) -> dict[str, float]:
+    tile, resident = tile_of(code, BATCH, setting.device)
+    return {"floor_ms_a_step": setting.ceilings.floor(ledger(code, BATCH, tile).step, resident)}
+
+
+def memory(device: torch.device, batch: int = 256) -> dict[str, Any] | None:
+    """Bytes by which one call raises the peak of memory at each T, after a first call of the same T; None where nobody can tell.
+
+    Of a GPU, what PyTorch has given out; on the CPU, resident pages of the process, of which a few dozen KiB are noise. Results that
+    grow by nature are the energies, 8 bytes a vertex and step.
+    """
+    if device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
         return None
-    module = PAPER_MLP.build()
-    x, target = PAPER_MLP.data(batch)
+    module, (x, target) = PAPER_MLP.build().to(device), PAPER_MLP.data(batch, device)
     found = {}
     for steps in STEPS:
-        network = PCNetwork(module, strict(steps), backend=backend_for(x.device), **PAPER_MLP.pc)
+        network = PCNetwork(module, strict(steps), backend=backend_for(device), **PAPER_MLP.pc)
         _call(network, x, target)
-        found[str(steps)] = peak_of(partial(_call, network, x, target))
+        found[str(steps)] = peak_of(partial(_call, network, x, target), device)
     return {"model": PAPER_MLP.name, "batch": batch, "bytes": found, "state_bytes": state_bytes(module, x, batch)}
 
 
@@ -122,9 +164,14 @@ def state_bytes(module: torch.nn.Module, x: torch.Tensor, batch: int) -> dict[st
     return found
 
 
-def peak_of(run: Any) -> int:
-    """Bytes by which the process's peak of resident memory rises during a call (Linux)."""
+def peak_of(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which the peak rises during a call: of the GPU's memory, or of the process's resident memory (Linux)."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     before = _status("VmHWM")
     run()
@@ -143,12 +190,13 @@ def _call(network: PCNetwork, x: torch.Tensor, target: torch.Tensor) -> None:
     network.backward(x, target)
 
 
-def _require_right(network: PCNetwork, module: torch.nn.Module, x: torch.Tensor, target: torch.Tensor) -> None:
+def _require_right(network: PCNetwork, x: torch.Tensor, target: torch.Tensor) -> None:
     _call(network, x, target)
-    found, exact = gradients_of(module), _double(module)
-    exact.zero_grad(set_to_none=True)
-    PCNetwork(exact, network.rule, backend="reference", **PAPER_MLP.pc).backward(x.cpu().double(), target.cpu().double())
-    require_agreement("ours", whole_distance(found, gradients_of(exact)), 1e-3, "time in T")
+    found, exact = gradients_of(network.module), copy.deepcopy(network)
+    exact.module.double().zero_grad(set_to_none=True)
+    exact.backend = "reference"
+    exact.backward(x.double(), target.double())
+    require_agreement("ours", whole_distance(found, gradients_of(exact.module)), 1e-3, "time in T")
 
 
 def _double(module: torch.nn.Module) -> torch.nn.Module:

@@ -123,6 +123,10 @@ def arena_elements(i: Instruction) -> int:
         return image + again * maps if i.op is Op.CONV else maps + again * image
     if i.op in POOLS:
         return _pool(i, again)
+    if i.op is Op.COPY:
+        return i.p[0] * i.p[1] * (1 + again)
+    if i.op is Op.SUM_LEARN:
+        return i.p[0] * i.p[1] * i.p[2]
     reads = sum(operand != ABSENT for operand in (i.a, i.b, i.c, i.d)) + (i.op in (Op.MOVE, Op.RELAX)) + (again - 1)
     writes = (i.out != ABSENT) + (i.op is Op.MOVE and i.c != ABSENT)
     return i.n * (reads + writes)

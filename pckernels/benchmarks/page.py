@@ -45,7 +45,7 @@ def html(record: Record, drawn: dict[str, tuple[str, Any]]) -> str:
         refused=refused(record),
         not_here=not_here(record),
         rates=rates(record),
-        slope=record["curves"].get("slope"),
+        slopes=record["curves"].get("slopes", []),
     )
 
 

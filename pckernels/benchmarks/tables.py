@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pckernels.benchmarks.record import Record, contender, fastest_of_ours, goals, refused, timed
+from pckernels.benchmarks.goals import reached
+from pckernels.benchmarks.record import Record, fastest_of_ours, refused, timed
 
 BEGIN, END = "<!-- table: {name} -->", "<!-- end of table -->"
 Table = tuple[list[str], list[list[str]]]
@@ -47,23 +48,12 @@ def times(record: Record) -> Table:
 
 
 def targets(record: Record) -> Table:
-    """Every goal, met or not, with the floor and the products alone."""
+    """Every goal, met or not or not measured, with the floor and the products alone."""
     rows = []
-    for case, goal in goals(record):
-        ours = contender(case, goal["ours"])
-        assert ours is not None
-        alone = milliseconds(case["ledger"]["products_alone_ms"]) if case["ledger"] else ""
-        found = [f"{goal['median']:.2f}", f"{goal['goal']:.2f}", _verdict(goal), milliseconds(ours["ms"]["median"]), alone]
-        rows.append([case["name"], f"{goal['ours']} / {goal['other']}", *found])
-    for case in timed(record):
-        if "accuracy" in case:
-            off = case["accuracy"]
-            rows.append([case["name"], "distance from float64", f"{off['off']:.1e}", f"{off['goal']:.0e}", _verdict(off), "", ""])
-    return ["case", "what", "found", "goal", "", "ours, ms", "products alone, ms"], rows
-
-
-def _verdict(found: Record) -> str:
-    return "met" if found["met"] else "not met"
+    for goal in reached(record):
+        times = ["" if ms is None else milliseconds(ms) for ms in (goal.ours, goal.floor, goal.alone)]
+        rows.append([goal.case, goal.what, goal.found, goal.goal, goal.verdict, *times])
+    return ["case", "what", "found", "goal", "", "ours, ms", "floor, ms", "products alone, ms"], rows
 
 
 def ledgers(record: Record) -> Table:
@@ -128,8 +118,10 @@ def provenance(record: Record) -> str:
     machine, load = record["machine"], record["load"]
     busy = f"; load average {load['before'][0]:.1f} before and {load['after'][0]:.1f} after" if load["before"] else ""
     other = ", OTHER WORK RAN BESIDE IT" if load["other_work"] else ""
+    gpu = machine["gpu"] if record["suite"] == "gpu" else None
+    where = f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors; " if gpu else ""
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}, {machine['threads']} thread(s), "
+        f"{where}{machine['processor']}, {machine['cores']} cores, {machine['instructions']}, {machine['threads']} thread(s), "
         f"PyTorch {machine['versions']['torch']}, {record['date']}{busy}{other}."
     )
 

@@ -11,33 +11,46 @@ import torch
 LEAST, MOST = 5, 200  # rounds
 
 
-def rounds(runs: Mapping[str, Callable[[], object]], seconds: float, device: torch.device, warmup: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of each contender in each round, for about so many seconds, at least LEAST rounds.
+Clock = Callable[[], float]  # seconds
+
+
+def rounds(
+    runs: Mapping[str, Callable[[], object]],
+    seconds: float,
+    device: torch.device,
+    least: int = LEAST,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds of each contender in each round, for about so many seconds, at least so many rounds.
 
     A round that is slow for everyone, as at the start, still counts: spread is part of the result.
     """
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
+    for run in runs.values():
+        run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     deadline = time.monotonic() + seconds
     for turn in range(MOST):
-        if turn >= LEAST and time.monotonic() > deadline:
+        if turn >= least and time.monotonic() > deadline:
             break
         for name, run in runs.items():
-            times[name].append(milliseconds(run, device))
+            times[name].append(milliseconds(run, device, clock))
     return times
 
 
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+def processor_clock(device: torch.device) -> Clock:
+    """For what runs on the CPU, the time that this process has had of it, whoever else was there; otherwise the time of day."""
+    return time.perf_counter if device.type == "cuda" else time.process_time
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Of one call, with everything that it has put on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def recorded(run: Callable[[], object]) -> tuple[Callable[[], None], object]:
