@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,12 @@ from tqdm import tqdm
 from pckernels.benchmarks import ceilings, curves, guard, machine, peers, record, tables
 from pckernels.benchmarks.cases import SUITES, Case, device_of, suite
 from pckernels.benchmarks.contenders import RIVALS, TWO_THREADS
-from pckernels.benchmarks.runner import Setting
+from pckernels.benchmarks.runner import Setting, about
 from pckernels.benchmarks.runner import run as run_case
 from pckernels.benchmarks.verification import Disagreement
 from pckernels.jsonfile import add_json_argument, output_path, write_json
 
-CURVE_SECONDS = {"quick": 6.0, "cpu": 20.0, "gpu": 10.0}
+CURVE_SECONDS = {"quick": 6.0, "cpu": 20.0, "gpu": 6.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +81,8 @@ def measured(args: argparse.Namespace) -> record.Record:
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        return _suite(args, cases, device)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # everyone in float32, as products are by default
+            return _suite(args, cases, device)
     finally:
         torch.set_num_threads(before)
 
@@ -88,37 +92,77 @@ def _suite(args: argparse.Namespace, cases: list[Case], device: torch.device) ->
     limit = float("inf") if args.limit is None else args.limit
     chosen = _peers(args)
     setting = Setting(device, args.threads, ceilings.measure(device), tuple(args.against) if args.against else None, chosen)
-    rows, left_out = [], []
-    with tqdm(cases, unit="case", disable=None, dynamic_ncols=True) as bar:
-        for case in bar:
-            bar.set_description(case.name[:48])
-            if time.monotonic() - began > limit:
-                left_out.append(case.name)
-            else:
-                rows.append(run_case(case, setting))
-    whole = not args.case
-    after = machine.load()
-    return {
+    parts = _parts(cases, setting, args.suite, whole=not args.case)
+    found: record.Record = {
         "schema": record.SCHEMA,
         "suite": args.suite,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine.describe(args.threads),
-        "load": {"before": load, "after": after, "other_work": machine.other_work(load, after, args.threads)},
         "ceilings": vars(setting.ceilings),
-        "cases": rows,
-        "left_out": left_out,
-        "curves": _curves(setting, args.suite) if whole else {},
-        "seconds": round(time.monotonic() - began, 1),
+        "registered": [about(case) for case in cases],
+        "cases": [],
+        "left_out": [part.name for part in parts],
+        "curves": {},
     }
+    with tqdm(parts, unit="part", disable=None, dynamic_ncols=True) as bar:
+        for part in bar:
+            bar.set_description(part.name[:48])
+            if time.monotonic() - began <= limit:
+                part.run(found)
+                found["left_out"].remove(part.name)
+            after = machine.load()
+            found["load"] = {"before": load, "after": after, "other_work": machine.other_work(load, after, args.threads)}
+            found["seconds"] = round(time.monotonic() - began, 1)
+            if args.json:  # as it stands: whoever ends this run early has what was measured until then
+                write_json(args.json, found)
+    return found
 
 
-def _curves(setting: Setting, name: str) -> dict[str, Any]:
-    seconds = CURVE_SECONDS[name]
+@dataclass(frozen=True)
+class Part:
+    """Something to be measured, which adds itself to the record."""
+
+    name: str
+    run: Callable[[record.Record], None]
+
+
+def _parts(cases: Sequence[Case], setting: Setting, name: str, whole: bool) -> list[Part]:
+    """Cases and curves. On a GPU, where time is short, those first that the table of goals is made of."""
+    case_parts = [Part(case.name, partial(_add_case, case, setting)) for case in cases]
+    curve_parts = [Part(key, partial(_add_curve, key, measure)) for key, measure in _curves(setting, name).items()] if whole else []
+    if name != "gpu":
+        return case_parts + curve_parts
+    goals = sum(bool(case.goals) or "batch" in case.axes for case in cases)
+    return case_parts[:goals] + curve_parts + case_parts[goals:]
+
+
+def _add_case(case: Case, setting: Setting, found: record.Record) -> None:
     try:
-        found: dict[str, Any] = {"errors": curves.errors(setting, seconds), "slopes": curves.slopes(setting, seconds / 2)}
+        row = run_case(case, setting)
+    except RuntimeError as error:  # of a driver, or of memory: the cases that are left are worth more than this one
+        if setting.device.type != "cuda":
+            raise
+        row = {**about(case), "contenders": [], "ratios": [], "not_here": {}, "refused": f"{case.name}: {type(error).__name__}: {error}"}
+    found["cases"].append(row)
+
+
+def _add_curve(key: str, measure: Callable[[], Any], found: record.Record) -> None:
+    try:
+        found["curves"][key] = measure()
     except Disagreement as error:
-        return {"refused": str(error)}
-    return {**found, "memory": curves.memory(setting.device)}
+        found["curves"].setdefault("refused", {})[key] = str(error)
+
+
+def _curves(setting: Setting, name: str) -> dict[str, Callable[[], Any]]:
+    """Those of a suite, in order of importance."""
+    seconds = CURVE_SECONDS[name]
+    depths = {"depths": lambda: curves.depths(setting, seconds / 2)} if name == "gpu" else {}
+    return {
+        **depths,
+        "slopes": lambda: curves.slopes(setting, seconds / 2),
+        "memory": lambda: curves.memory(setting.device),
+        "errors": lambda: curves.errors(setting, seconds),
+    }
 
 
 def _peers(args: argparse.Namespace) -> dict[str, str]:

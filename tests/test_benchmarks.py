@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,54 @@ def test_a_kink_that_rounding_crosses_is_drawn_anew(monkeypatch):
     assert len(draws) == 2 and not torch.equal(draws[0].x, draws[1].x)
 
 
+# A training step, and calls in a CUDA graph
+
+
+@pytest.mark.parametrize("backend", ["host", "graph"])
+def test_a_training_step_ends_with_the_optimizer_and_changes_no_weight(monkeypatch, backend):
+    stepped = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: stepped.append(self) or step(self))
+    monkeypatch.setattr(contenders, "OURS_ON_CPU", {backend: contenders._backend(backend)})
+    case = small_case(rule=EXACT, goals={}, trains=True)
+    before = [parameter.clone() for parameter in runner._arena(case, SETTING, 0).module.parameters()]
+    arena = runner._arena(case, SETTING, 0)
+    found, refused = contenders.contenders(arena)
+    assert [c.name for c in found] == [backend, "autograd"] and "optimizer" in refused["loop"]
+    runner.verify(case, arena, found)
+    assert len(stepped) == 2 and len(set(map(id, stepped))) == 2  # each has one of its own
+    assert all(torch.equal(a, b) for a, b in zip(before, arena.module.parameters(), strict=True))
+    assert case.name.endswith("exact (zero divergence), with SGD's step")
+
+
+def test_ours_too_is_captured_in_a_cuda_graph_where_calls_do_not_wait(monkeypatch):
+    """The wiring alone, with a recording that runs at once: what a GPU does with it a GPU has to tell."""
+    checks = []
+    arena = runner._arena(small_case(), SETTING, 0)
+
+    def recorded(run):
+        checks.append(arena.network.check)
+        return run, run()
+
+    monkeypatch.setattr(contenders, "recorded", recorded)
+    made = contenders._captured(contenders._deferred(contenders._backend("host")))(arena, "host, CUDA graph")
+    assert made.ours and made.computes == "rule" and checks == ["deferred"]
+    plain = contenders._backend("host")(arena, "host")
+    runner.verify(arena.case, arena, [made, plain])
+    assert arena.network.check == "sync"  # whoever runs sets it
+    assert {"cuda", "cuda, CUDA graph", "graph", "graph, CUDA graph", "triton"} == set(contenders.OURS_ON_GPU)
+
+
+def test_a_rival_that_fails_stops_nobody_else(monkeypatch):
+    monkeypatch.setitem(contenders.RIVALS, "loop", lambda arena, name: 1 / 0)
+    row = runner.run(small_case(), SETTING)
+    assert [c["name"] for c in row["contenders"]] == ["host", "autograd"]
+    assert row["not_here"]["loop"] == "it failed: ZeroDivisionError: division by zero"
+    monkeypatch.setattr(contenders, "OURS_ON_CPU", {"host": lambda arena, name: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        runner.run(small_case(), SETTING)
+
+
 # The loops by hand
 
 
@@ -239,7 +288,9 @@ def test_ceilings_bound_a_count_from_below():
     count = ledger.Count(products=1e9, chip=1e9, weights=1e10, device=1e8)
     assert CEILINGS.floor(count, resident=True) == pytest.approx(100.0)
     assert CEILINGS.floor(count, resident=False) == pytest.approx(100.0)
-    assert CEILINGS.in_turn(count, resident=True) == pytest.approx(100.0 + 10.0 + 10.0)
+    found = types.SimpleNamespace(multi_processor_count=132, clock_rate=1_755_000)  # kHz
+    assert ceilings.shared_memory_rate(found) == pytest.approx(132 * 32 * 4 * 1.755e9)
+    assert ceilings.shared_memory_rate(types.SimpleNamespace(multi_processor_count=132)) == 0
     with pytest.raises(ValueError, match="1 sample or more"):
         ledger.ledger(code_for(SMALL, strict(2), 1), 1, 0)
 
@@ -405,6 +456,64 @@ def test_a_peer_that_is_not_there_is_named_with_the_reason():
     assert "did not answer" in row["not_here"]["pcx"]
     row = runner.run(small_case(peers=True, rule=EXACT), replace(SETTING, peers={"pcx": sys.executable}))
     assert "perceptrons" in row["not_here"]["pcx"]
+
+
+def test_what_was_measured_is_written_before_the_end(monkeypatch, small_suite, tmp_path):
+    """Whoever ends a run early has the JSON of what came before."""
+    path, seen = tmp_path / "b.json", []
+    run = runner.run
+
+    def watched(case, setting):
+        seen.append(record.read(path) if path.exists() else None)
+        return run(case, setting)
+
+    monkeypatch.setattr(bench, "run_case", watched)
+    assert main(["bench", "--json", str(path)]) == 0
+    assert seen[0] is None and len(seen[1]["cases"]) == 1 and len(seen[1]["left_out"]) == 1
+    assert len(tables.times(seen[1])[1]) > 1 and tables.summary(seen[1]) and tables.provenance(seen[1])
+    assert record.read(path)["left_out"] == []
+
+
+def test_goals_are_measured_first_on_a_gpu_and_a_failure_ends_no_run(monkeypatch):
+    on_gpu = replace(SETTING, device=torch.device("cuda"))
+    names = [part.name for part in bench._parts(suite("gpu"), on_gpu, "gpu", whole=True)]
+    curve = ["depths", "slopes", "memory", "errors"]
+    start = names.index("depths")
+    assert names[start : start + 4] == curve
+    assert "VGG5, batch 128, strict T=8, momentum 0.6" in names[:start] and "MLP 784-300-300-10, batch 8192, strict T=20" in names[:start]
+    assert [part.name for part in bench._parts([small_case()], SETTING, "cpu", whole=True)][1:] == curve[1:]
+    assert [part.name for part in bench._parts([small_case()], SETTING, "cpu", whole=False)] == [small_case().name]
+
+    def fails(case, setting):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "run_case", fails)
+    found = {"cases": []}
+    bench._add_case(small_case(), on_gpu, found)
+    assert "CUDA out of memory" in found["cases"][0]["refused"]
+    with pytest.raises(RuntimeError):
+        bench._add_case(small_case(), SETTING, found)
+
+
+def test_the_time_of_a_step_at_two_depths(monkeypatch):
+    monkeypatch.setattr(curves, "DEPTH_STEPS", (2, 4))
+    monkeypatch.setattr(curves, "DEPTHS", (3, 4))
+    monkeypatch.setattr(curves, "WIDTH", 16)
+    found = curves.depths(SETTING, 0.05)
+    assert set(found["ms_a_step"]) == set(found["floor_ms_a_step"]) == {"3", "4"}
+    assert found["backend_3"] == "host" and all(floor > 0 for floor in found["floor_ms_a_step"].values())
+    monkeypatch.setattr(curves, "backend_for", lambda device: "triton")
+    assert curves.depths(SETTING, 0.05)["backend_4"] == "graph"
+
+
+def test_a_curve_that_disagrees_says_so(monkeypatch):
+    found = {"curves": {}}
+
+    def disagrees():
+        raise verification.Disagreement("numbers disagree")
+
+    bench._add_curve("slopes", disagrees, found)
+    assert found["curves"] == {"refused": {"slopes": "numbers disagree"}}
 
 
 def test_no_case_begins_after_the_limit(small_suite, tmp_path, capsys):

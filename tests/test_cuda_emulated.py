@@ -14,8 +14,11 @@ from torch import Tensor
 
 import pckernels as pck
 from pckernels import planner
-from pckernels.backends import cuda
+from pckernels.backends import cuda, selection
+from pckernels.benchmarks import probes
+from pckernels.compiler import Compiled
 from pckernels.instructions import Instruction, Loss, Op, OuterProduct
+from pckernels.memory import Packed
 from pckernels.planner import LANES, SUM_BYTES, WGMMA_LANES, Choice, Limits
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("emulator")]  # the first of them compiles it
@@ -269,6 +272,31 @@ def test_a_piece_of_the_depth_at_a_time(backend: str, monkeypatch: pytest.Monkey
     cuda._planned.cache_clear()
     for name, error in found[1].items():
         torch.testing.assert_close(error, found[0][name], rtol=1e-3, atol=1e-3 * float(error.abs().max()))
+
+
+@pytest.mark.parametrize(("tier", "lanes", "cluster"), [("stream", 4, None), ("resident", 8, None), ("cluster", 1, 2)])
+def test_a_benchmarks_probes_run_as_their_code_is_planned(
+    backend: str, monkeypatch: pytest.MonkeyPatch, tier: str, lanes: int, cluster: int | None
+) -> None:
+    """What predicts the time of a step: single instructions in place of the loop, with arrays behind the code's own."""
+    monkeypatch.setattr(probes, "MOST", 1)
+    monkeypatch.setattr(probes, "STEPS", (1, 2))
+    rule, module = pck.Strict(3, 0.1), pck.nn.MLPModule((12, 20, 16, 3))
+    code = selection.code_for(pck.PCNetwork(module, rule).trace(torch.randn(9, 12)), rule.dynamics, 9)
+    assert not isinstance(code, str)
+    with cuda.options(tier=tier, lanes=lanes, cluster=cluster):
+        found = probes.Probes.of(code, 9, torch.device("cpu"))
+    launched, execute = [], cuda.execute
+
+    def watched(code: Compiled, memory: Packed, batch: int, factor: float) -> None:
+        launched.append(cuda.plan_for(code, batch, torch.device("cpu")))
+        execute(code, memory, batch, factor)
+
+    monkeypatch.setattr(cuda, "execute", watched)
+    for run in found.runs().values():
+        run()
+    assert len(launched) == 2 * len(found.probes) > 10
+    assert {(plan.tier, plan.lanes) for plan in launched} == {(tier, lanes)}
 
 
 def test_a_program_that_does_not_fit_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pckernels as pck
-from pckernels.backends import selection
+from pckernels.backends import cuda, selection
 from pckernels.benchmarks import ceilings, curves, goals, ledger, models, runner, work
 from pckernels.benchmarks.cases import EXACT, strict
 from pckernels.benchmarks.probes import AS_MANY, MOST, STEPS, WORTH, Probes
@@ -18,6 +18,7 @@ from pckernels.compiler import Compiled
 from pckernels.errors import Unsupported
 from pckernels.instructions import Activation, Instruction, Loss, Op
 from pckernels.nn import MLPModule
+from pckernels.planner import Limits, Plan
 
 CPU = torch.device("cpu")
 SETTING = runner.Setting(CPU, 1, ceilings.Ceilings(1e10, 1e10, 1e11, 1e11))
@@ -122,7 +123,9 @@ def times_of(found: Probes, costs: dict[Kind, float]) -> dict[str, list[float]]:
     """What the probes would take, by counts of their own."""
     times = {}
     for probe in found.probes:
-        once = costs[BARRIER] if probe.instruction.barrier else 0.0
+        once = costs[BARRIER] * sum(i.barrier for i in probe.instructions)
+        if probe.before:
+            once += costs[INSTRUCTION] + found.batch * probe.moves * costs[MOVED]
         if probe.kind in (INSTRUCTION, BARRIER):
             once += costs[INSTRUCTION]
         elif probe.instruction.op in work.SHAPED:
@@ -134,6 +137,20 @@ def times_of(found: Probes, costs: dict[Kind, float]) -> dict[str, list[float]]:
         for steps in STEPS:
             times[f"{probe.name}: {steps}"] = [5.0 + steps * probe.repeated(found.batch) * once]
     return times
+
+
+def test_in_a_cluster_what_a_product_reads_is_written_before_it() -> None:
+    """So that the blocks exchange it each time; what writing it takes is taken off."""
+    code = code_of(SMALL, strict(3), 3)
+    plan = cuda.plan(code.code, 3, Limits.of(90, 4), tier="cluster")
+    assert isinstance(plan, Plan)
+    found = Probes(code, 3, CPU, plan)
+    products = [probe for probe in found.probes if probe.kind.op in ledger.LINEAR]
+    assert products and all(len(probe.before) == 1 and probe.before[0].out == probe.instruction.a for probe in products)
+    assert not any(probe.before for probe in Probes(code, 3, CPU, replace(plan, tier="stream")).probes)
+    costs = {INSTRUCTION: 2e-5, BARRIER: 3e-5, MOVED: 1e-7}
+    costs = {probe.kind: costs.get(probe.kind, 1e-8) for probe in found.probes}
+    assert found.costs(times_of(found, costs)) == pytest.approx(costs)
 
 
 # The prediction

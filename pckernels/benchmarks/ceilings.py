@@ -29,7 +29,7 @@ class Ceilings:
     Attributes:
         products: multiply-adds a second in float32, the best of several sizes.
         device, cache, chip: bytes a second, read and written: of memory far larger than any cache; of the last cache (a GPU's L2); of a
-            core's own caches. No PyTorch kernel measures a GPU's on-chip memory: there `chip` is what `cache` is, and understates it.
+            core's own caches. No PyTorch kernel measures a GPU's shared memory: there `chip` is what its clock allows.
     """
 
     products: float
@@ -40,10 +40,6 @@ class Ceilings:
     def floor(self, count: Count, resident: bool) -> float:
         """Milliseconds that no implementation on these ceilings goes below: the slowest level alone, all others hidden behind it."""
         return 1e3 * max(self._multiplying(count, resident), count.device / self.device, count.chip / self.chip)
-
-    def in_turn(self, count: Count, resident: bool) -> float:
-        """Milliseconds if products, state and memory wait for each other, as on one core, which multiplies or moves."""
-        return 1e3 * (self._multiplying(count, resident) + count.device / self.device + count.chip / self.chip)
 
     def _multiplying(self, count: Count, resident: bool) -> float:
         reading = 0.0 if resident else count.weights / self.cache
@@ -56,7 +52,15 @@ def measure(device: torch.device, seconds: float = 0.3) -> Ceilings:
     products = max(_products(shape, device, seconds) for shape in (SHAPES_ON_GPU if on_gpu else SHAPES))
     far, middle = (_moving(elements, device, seconds) for elements in (FAR, MIDDLE))
     near = max(middle, *(_moving(elements, device, seconds) for elements in NEAR))
-    return Ceilings(products, far, middle, middle if on_gpu else near)
+    return Ceilings(products, far, middle, max(middle, shared_memory_rate(torch.cuda.get_device_properties(device))) if on_gpu else near)
+
+
+SHARED_BYTES = 128  # that a multiprocessor's shared memory moves in a clock: 32 banks of 4 bytes
+
+
+def shared_memory_rate(properties: Any) -> float:
+    """Bytes a second of all multiprocessors' shared memory; 0 where PyTorch does not know the clock."""
+    return float(properties.multi_processor_count) * SHARED_BYTES * 1e3 * getattr(properties, "clock_rate", 0)
 
 
 def _products(shape: tuple[int, int, int], device: torch.device, seconds: float) -> float:
@@ -102,8 +106,6 @@ def report(found: Ledger, ceilings: Ceilings, resident: bool) -> dict[str, objec
         "bytes_leaving_the_chip_a_step": found.leaving(resident),
         "bytes_leaving_with_a_launch_an_operation": step.chip + step.device + step.weights,
         "floor_ms": ceilings.floor(total, resident),
-        "in_turn_ms": ceilings.in_turn(total, resident),
-        "in_turn_ms_a_step": ceilings.in_turn(step, resident),
     }
 
 

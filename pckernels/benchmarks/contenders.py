@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ class Arena:
     @property
     def device(self) -> torch.device:
         return self.x.device
+
+    @cached_property
+    def network(self) -> PCNetwork:
+        """Traced once for all of ours: each sets the backend before its call."""
+        return PCNetwork(self.module, self.case.rule, **self.case.model.pc)
+
+    def optimizer_step(self) -> Callable[[], object]:
+        """What a training step ends with, where the case is one: SGD at the rate 0, which works and leaves the weights as they are."""
+        if not self.case.trains:
+            return lambda: None
+        return torch.optim.SGD(self.module.parameters(), lr=0.0).step
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Contender:
 
 
 def contenders(arena: Arena) -> tuple[list[Contender], dict[str, str]]:
-    """Those that can run the case here, and name -> why not of the others."""
+    """Those that can run the case here, and name -> why not of the others. A failure stops nobody else, but for the host engine's."""
     found: list[Contender] = []
     refused: dict[str, str] = {}
     for name, make in _makers(arena):
@@ -77,6 +89,10 @@ def contenders(arena: Arena) -> tuple[list[Contender], dict[str, str]]:
             found.append(make(arena, name))
         except Unsupported as error:
             refused[name] = str(error)
+        except Exception as error:
+            if name in OURS_ON_CPU:
+                raise
+            refused[name] = f"it failed: {type(error).__name__}: {error}"
     if not any(contender.ours for contender in found):
         found.insert(0, _backend("reference")(arena, "reference"))
     return found, refused
@@ -88,6 +104,8 @@ Maker = Callable[[Arena, str], Contender]
 def _makers(arena: Arena) -> Iterator[tuple[str, Maker]]:
     on_gpu, case = arena.device.type == "cuda", arena.case
     yield from (OURS_ON_GPU if on_gpu else OURS_ON_CPU).items()
+    if on_gpu and case.tiers:
+        yield from OTHER_TIERS.items()
     if case.reference:
         yield "reference", _backend("reference")
     for name in dict.fromkeys(("autograd", *case.rivals)):
@@ -99,19 +117,50 @@ def _makers(arena: Arena) -> Iterator[tuple[str, Maker]]:
             yield name, _backend("host", threads=2)
 
 
+# Captured in a CUDA graph
+
+
+def _captured(make: Callable[..., Contender]) -> Maker:
+    """The same work, recorded once as a CUDA graph and replayed."""
+
+    def maker(arena: Arena, name: str) -> Contender:
+        contender = make(arena, name)
+        replay, found = captured(contender.run, arena)
+
+        def gradients() -> Gradients:
+            replay()
+            return [tensor.clone() for tensor in found]
+
+        return Contender(name, contender.ours, contender.computes, contender.limit, replay, gradients, contender.threads, contender.plan)
+
+    return maker
+
+
+def captured(run: Callable[[], object], arena: Arena) -> tuple[Callable[[], None], list[Tensor]]:
+    """A replay of `run`, and the tensors in which it leaves its gradients."""
+    replay, returned = recorded(run)
+    if isinstance(returned, list):
+        return replay, returned
+    return replay, [p.grad for p in arena.module.parameters() if p.grad is not None]
+
+
 # Ours
 
 
 def _backend(backend: str, options: Callable[[], AbstractContextManager[Any]] = nullcontext, limit: float = 0.0, threads: int = 0) -> Maker:
-    def make(arena: Arena, name: str) -> Contender:
-        case = arena.case
-        network = PCNetwork(arena.module, case.rule, backend=backend, **case.model.pc)
+    """A call of a backend; `check` is as the network's default, which reads one flag from the device."""
+
+    def make(arena: Arena, name: str, check: str = "sync") -> Contender:
+        case, network, finish = arena.case, arena.network, arena.optimizer_step()
 
         def run() -> None:
+            network.backend, network.check = backend, check
             arena.module.zero_grad(set_to_none=True)
             with options():
                 network.backward(arena.x, arena.target)
+            finish()
 
+        network.backend, network.check = backend, check
         with options():
             plan = network.infer(arena.x, arena.target).plan
         own = case.limit_of_values if backend == "reference" else case.limit  # in float32 it keeps values as values
@@ -131,16 +180,26 @@ def _left_in(arena: Arena, run: Callable[[], object]) -> Callable[[], Gradients]
     return gradients
 
 
+def _deferred(make: Callable[..., Contender]) -> Callable[..., Contender]:
+    """As calls are made while a CUDA graph is captured: nothing reads the device."""
+    return partial(make, check="deferred")
+
+
 TWO_THREADS = "host, two threads"
 HALF = 5e-2  # what products in bf16 may cost
 OURS_ON_CPU: dict[str, Maker] = {"host": _backend("host")}
 OURS_ON_GPU: dict[str, Maker] = {
     "cuda": _backend("cuda"),
+    "cuda, CUDA graph": _captured(_deferred(_backend("cuda"))),
+    "graph": _backend("graph"),
+    "graph, CUDA graph": _captured(_deferred(_backend("graph"))),
+    "triton": _backend("triton"),
+}
+OTHER_TIERS: dict[str, Maker] = {
     "cuda, stream": _backend("cuda", lambda: cuda.options(tier="stream")),
     "cuda, resident": _backend("cuda", lambda: cuda.options(tier="resident")),
     "cuda, tf32": _backend("cuda", lambda: cuda.options("tf32"), 5e-3),
     "cuda, bf16": _backend("cuda", lambda: cuda.options("bf16"), HALF),
-    "triton": _backend("triton"),
 }
 
 
@@ -148,19 +207,20 @@ OURS_ON_GPU: dict[str, Maker] = {
 
 
 def _autograd(arena: Arena, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda module: module) -> Contender:
-    forward = wrap(arena.module)
+    forward, finish = wrap(arena.module), arena.optimizer_step()
 
     def run() -> None:
         arena.module.zero_grad(set_to_none=True)
         (0.5 * (arena.target - forward(arena.x)).square().sum()).backward()
+        finish()
 
     return Contender(name, False, "backprop", arena.case.limit, run, _left_in(arena, run), arena.threads, "loss.backward()")
 
 
 def _loop(arena: Arena, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda loop: loop) -> Contender:
     case, dynamics = arena.case, arena.case.rule.dynamics
-    if case.model.loop is None or dynamics.moves != "values" or dynamics.learn_at_each_step:
-        raise Unsupported("no loop by hand computes this rule on this model")
+    if case.trains or case.model.loop is None or dynamics.moves != "values" or dynamics.learn_at_each_step:
+        raise Unsupported("no loop by hand computes this rule on this model, or takes an optimizer's step")
     function = wrap(eager.LOOPS[case.model.loop])
     options = {"momentum": dynamics.momentum} if dynamics.momentum else {}
 
@@ -177,30 +237,6 @@ def _compiled(make: Callable[..., Contender]) -> Maker:
         return make(arena, name, torch.compile)
 
     return maker
-
-
-def _captured(make: Callable[..., Contender]) -> Maker:
-    """The same work, recorded once as a CUDA graph and replayed."""
-
-    def maker(arena: Arena, name: str) -> Contender:
-        contender = make(arena, name)
-        replay, found = captured(contender.run, arena)
-
-        def gradients() -> Gradients:
-            replay()
-            return [tensor.clone() for tensor in found]
-
-        return Contender(name, False, contender.computes, contender.limit, replay, gradients, contender.threads, contender.plan)
-
-    return maker
-
-
-def captured(run: Callable[[], object], arena: Arena) -> tuple[Callable[[], None], list[Tensor]]:
-    """A replay of `run`, and the tensors in which it leaves its gradients."""
-    replay, returned = recorded(run)
-    if isinstance(returned, list):
-        return replay, returned
-    return replay, [p.grad for p in arena.module.parameters() if p.grad is not None]
 
 
 RIVALS: dict[str, Maker] = {

@@ -17,7 +17,7 @@ from pckernels.backends import selection
 from pckernels.benchmarks import timing, work
 from pckernels.benchmarks.cases import CNN, EXACT, PAPER_MLP, RATE, rule_name, strict
 from pckernels.benchmarks.ledger import ledger
-from pckernels.benchmarks.models import Model
+from pckernels.benchmarks.models import Model, deep_mlp
 from pckernels.benchmarks.probes import Probes, Times
 from pckernels.benchmarks.runner import Setting, tile_of
 from pckernels.benchmarks.verification import autograd_gradients, gradients_of, require_agreement, whole_distance
@@ -115,6 +115,51 @@ def slope(which: Slope, setting: Setting, seconds: float) -> dict[str, Any]:
         return {**row, "not_measured": str(error)}
     times = {T: statistics.median(found[str(T)]) for T in which.steps}
     return {**row, **line_through(times), **predicted(alone, found), **_floor(code, setting)}
+
+
+DEPTHS, WIDTH = (4, 32), 128
+DEPTH_STEPS = (20, 60, 100)
+
+
+def depths(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Milliseconds of a strict step at two depths, each the slope of time in T, and its floor."""
+    row: dict[str, Any] = {"model": f"MLP of width {WIDTH}", "batch": BATCH}
+    networks: dict[tuple[int, int], PCNetwork] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    floors: dict[str, float] = {}
+    try:
+        for depth in DEPTHS:
+            model = deep_mlp(depth, WIDTH)
+            module, x, target = _drawn(model, setting)
+            name = fitting_backend(PCNetwork(module, strict(DEPTH_STEPS[0]), **model.pc), x, target, setting.device)
+            row[f"backend_{depth}"] = name
+            for steps in DEPTH_STEPS:
+                networks[depth, steps] = network = PCNetwork(module, strict(steps), backend=name, **model.pc)
+                runs[f"{depth}: {steps}"] = partial(_call, network, x, target)
+            _require_right(networks[depth, DEPTH_STEPS[0]], x, target)
+            code = selection.code_for(network.trace(x), strict(DEPTH_STEPS[0]).dynamics, BATCH)
+            floors[str(depth)] = 0.0 if isinstance(code, str) else _floor(code, setting)["floor_ms_a_step"]
+    except Unsupported as error:
+        return {**row, "not_measured": str(error)}
+    found = timing.rounds(runs, seconds, setting.device)
+    medians = {depth: {T: statistics.median(found[f"{depth}: {T}"]) for T in DEPTH_STEPS} for depth in DEPTHS}
+    return {
+        **row,
+        "ms_a_step": {str(depth): line_through(times)["ms_a_step"] for depth, times in medians.items()},
+        "floor_ms_a_step": floors,
+    }
+
+
+def fitting_backend(network: PCNetwork, x: torch.Tensor, target: torch.Tensor, device: torch.device) -> str:
+    """The engine where it takes the call, else the tier that takes any."""
+    for name in (backend_for(device), "graph"):
+        network.backend = name
+        try:
+            network.infer(x, target)
+        except Unsupported:
+            continue
+        return name
+    raise Unsupported("no backend but the reference runs it")
 
 
 def line_through(times: Mapping[int, float]) -> dict[str, Any]:

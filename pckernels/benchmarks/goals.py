@@ -130,7 +130,7 @@ def _depths(record: Record) -> Iterator[Reached]:
     what, goal = f"time a step, {deep} layers / {shallow}", f"{DEEPER:.2f}"
     found = record["curves"].get("depths")
     if not found:
-        yield _not_measured("MLP of width 128, batch 64, strict", what, goal, "no time was left")
+        yield _not_measured("MLP of width 128, batch 64, strict", what, goal, _why_no_curve(record, "depths"))
         return
     name = f"{found['model']}, batch {found['batch']}, strict"
     if "not_measured" in found:
@@ -167,11 +167,18 @@ def _on_gpu(source: Callable[[Record], Iterator[Reached]]) -> Callable[[Record],
     return those
 
 
+def _why_no_curve(record: Record, name: str) -> str:
+    refused: str | None = record["curves"].get("refused", {}).get(name)
+    return refused or ("no time was left" if name in record["left_out"] else "it was not run")
+
+
 # In T
 
 
 def _slopes(record: Record) -> Iterator[Reached]:
     """Time is linear in T, and a step takes what the ledger's counts predict."""
+    if "slopes" in record["left_out"] or "slopes" in record["curves"].get("refused", {}):
+        yield _not_measured("time in T", "time a step / predicted", f"1 +- {SLOPE:.2f}", _why_no_curve(record, "slopes"))
     for found in record["curves"].get("slopes", []):
         name, what, goal = f"{found['model']}, batch {found['batch']}, {found['rule']}", "time a step / predicted", f"1 +- {SLOPE:.2f}"
         if "not_measured" in found:
@@ -187,6 +194,8 @@ def _memory(record: Record) -> Iterator[Reached]:
     """State is the same from T = 10 on, and at T = 1, where some of it is not yet needed, no larger; peaks differ by noise."""
     found = record["curves"].get("memory")
     if not found:
+        if "memory" in record["left_out"]:
+            yield _not_measured("memory in T", "memory", "flat", _why_no_curve(record, "memory"))
         return
     state = [count for _, count in sorted((int(T), count) for T, count in found["state_bytes"].items())]
     peaks = list(found["bytes"].values())

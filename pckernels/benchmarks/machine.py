@@ -65,7 +65,13 @@ def _gpu() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    return {"name": found.name, "multiprocessors": found.multi_processor_count, "memory_bytes": found.total_memory}
+    capability = f"{found.major}.{found.minor}"
+    return {
+        "name": found.name,
+        "capability": capability,
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+    }
 
 
 def _libraries() -> dict[str, str]:

@@ -73,7 +73,7 @@ def rates(record: Record) -> list[tuple[str, str]]:
         ("products", f"{found['products'] / 1e9:.1f} billion multiply-adds a second"),
         ("device memory", f"{found['device'] / 1e9:.1f} GB/s"),
         ("the last cache", f"{found['cache'] / 1e9:.1f} GB/s"),
-        ("a core's own cache", f"{found['chip'] / 1e9:.1f} GB/s"),
+        ("a GPU's shared memory, by its clock" if record["suite"] == "gpu" else "a core's own cache", f"{found['chip'] / 1e9:.1f} GB/s"),
     ]
 
 

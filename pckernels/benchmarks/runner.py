@@ -17,7 +17,6 @@ from pckernels.benchmarks.ledger import ledger
 from pckernels.benchmarks.record import in_float32
 from pckernels.benchmarks.verification import Disagreement, Oracles, distance, oracles, require_agreement, whole_distance
 from pckernels.compiler import Compiled
-from pckernels.network import PCNetwork
 from pckernels.planner import Plan
 
 Row = dict[str, Any]
@@ -41,7 +40,7 @@ class Setting:
 
 def run(case: Case, setting: Setting) -> Row:
     """A case's row. Where anyone disagrees with its oracle, the row holds a sentence, and no time of anyone."""
-    row: Row = {**_about(case), "contenders": [], "ratios": [], "not_here": {}}
+    row: Row = {**about(case), "contenders": [], "ratios": [], "not_here": {}}
     try:
         arena, fit, refused, verified = _agreeing(case, setting)
     except Disagreement as error:
@@ -71,7 +70,8 @@ def run(case: Case, setting: Setting) -> Row:
     return row
 
 
-def _about(case: Case) -> Row:
+def about(case: Case) -> Row:
+    """A case without its measurements."""
     return {
         "name": case.name,
         "model": case.model.name,
@@ -132,7 +132,7 @@ def verify(case: Case, arena: Arena, fit: Sequence[Contender]) -> Verified:
 
 
 def _timed(case: Case, fit: Sequence[Contender], setting: Setting) -> dict[str, list[float]]:
-    return timing.rounds({contender.name: partial(_threaded, contender) for contender in fit}, case.seconds, setting.device)
+    return timing.rounds({contender.name: partial(_threaded, contender) for contender in fit}, case.seconds, setting.device, case.least)
 
 
 def _threaded(contender: Contender) -> None:
@@ -187,8 +187,7 @@ def _add_peers(row: Row, case: Case, arena: Arena, verified: Verified, setting: 
 
 def compiled_of(case: Case, arena: Arena) -> Compiled | str:
     """The code of a case, or why there is none."""
-    network = PCNetwork(arena.module, case.rule, **case.model.pc)
-    return selection.code_for(network.trace(arena.x), case.rule.dynamics, case.batch)
+    return selection.code_for(arena.network.trace(arena.x), case.rule.dynamics, case.batch)
 
 
 def _ledger(case: Case, arena: Arena, setting: Setting) -> Row | None:
@@ -200,6 +199,7 @@ def _ledger(case: Case, arena: Arena, setting: Setting) -> Row | None:
     return {**found, "tile": tile, "resident": resident, "products_alone_ms": ceilings.products_alone(code, case.batch, setting.device)}
 
 
+ON_CHIP = ("resident", "cluster")  # tiers that keep the loop's weights on the chip, as the arena
 HOST_LANES = 16  # samples that the host engine puts into one row
 
 
@@ -208,4 +208,4 @@ def tile_of(code: Compiled, batch: int, device: torch.device) -> tuple[int, bool
     if device.type != "cuda":
         return (1 if batch == 1 else HOST_LANES), False
     plan: Plan | str = cuda.plan_for(code, batch, device)
-    return (plan.lanes, plan.tier == "resident") if isinstance(plan, Plan) else (batch, False)
+    return (plan.lanes, plan.tier in ON_CHIP) if isinstance(plan, Plan) else (batch, False)

@@ -35,9 +35,9 @@ class Oracles:
 
 
 def oracles(case: Case, module: nn.Module, x: Tensor, target: Tensor) -> Oracles:
-    """Both, on the CPU; nothing of `module` is changed."""
-    exact = copy.deepcopy(module).cpu().double()
-    x, target = x.detach().cpu().double(), target.detach().cpu().double()
+    """Both, where the module is: on a GPU, float64 is computed by PyTorch's kernels there. Nothing of `module` is changed."""
+    exact = copy.deepcopy(module).double()
+    x, target = x.detach().double(), target.detach().double()
     backprop = autograd_gradients(exact, x, target)
     if case.oracle == "loop":
         assert case.model.loop is not None
@@ -64,7 +64,7 @@ def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest relative distance ||found - wanted|| / ||wanted|| of a parameter; infinite where one is not finite or misshapen."""
     if len(found) != len(wanted):
         return float("inf")
-    return max((_relative(a.detach().cpu().double(), b) for a, b in zip(found, wanted, strict=True)), default=0.0)
+    return max((_relative(a.detach().cpu().double(), b.cpu()) for a, b in zip(found, wanted, strict=True)), default=0.0)
 
 
 def whole_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
