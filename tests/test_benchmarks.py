@@ -212,6 +212,15 @@ def test_a_loop_by_hand_is_the_reference(model, momentum):
     assert verification.distance(found, verification.gradients_of(module)) < 1e-9
 
 
+@pytest.mark.parametrize(("oracle", "rule"), [("loop", strict(6)), ("autograd", EXACT)])
+def test_an_oracle_that_takes_less_time_is_the_reference(oracle, rule):
+    case = small_case(rule=rule, oracle=oracle)
+    arena = runner._arena(case, SETTING, 0)
+    quick, slow = (verification.oracles(replace(case, oracle=name), arena.module, arena.x, arena.target) for name in (oracle, "reference"))
+    assert quick.source != slow.source and verification.distance(quick.rule, slow.rule) < 1e-9
+    assert all(not isinstance(c.rule, pck.Strict) for name in SUITES for c in suite(name) if c.oracle == "autograd")
+
+
 # The registry
 
 
@@ -481,6 +490,7 @@ def test_goals_are_measured_first_on_a_gpu_and_a_failure_ends_no_run(monkeypatch
     start = names.index("depths")
     assert names[start : start + 4] == curve
     assert "VGG5, batch 128, strict T=8, momentum 0.6" in names[:start] and "MLP 784-300-300-10, batch 8192, strict T=20" in names[:start]
+    assert "MLP 784-300-300-10, batch 64, strict T=10" in names[start + 4 :]
     assert [part.name for part in bench._parts([small_case()], SETTING, "cpu", whole=True)][1:] == curve[1:]
     assert [part.name for part in bench._parts([small_case()], SETTING, "cpu", whole=False)] == [small_case().name]
 
