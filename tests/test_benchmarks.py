@@ -29,6 +29,7 @@ from pckernels.benchmarks import (
     record,
     runner,
     tables,
+    timing,
     verification,
 )
 from pckernels.benchmarks.cases import EXACT, GPU, SUITES, Case, strict, suite
@@ -174,6 +175,33 @@ def test_ours_too_is_captured_in_a_cuda_graph_where_calls_do_not_wait(monkeypatc
     runner.verify(arena.case, arena, [made, plain])
     assert arena.network.check == "sync"  # whoever runs sets it
     assert {"cuda", "cuda, CUDA graph", "graph", "graph, CUDA graph", "triton"} == set(contenders.OURS_ON_GPU)
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """PyTorch's own context does not, where the end of the capture raises in its turn."""
+    now, calls = ["main"], []
+
+    class Fake:
+        def __init__(self, *_):
+            self.wait_stream = lambda other: None
+
+        __enter__ = lambda self: None  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    class Capture(Fake):
+        def __enter__(self):
+            now[0] = "capturing"
+
+        def __exit__(self, *_):
+            raise RuntimeError("the capture has ended badly")
+
+    main = Fake()
+    for name, fake in {"Stream": Fake, "stream": Fake, "CUDAGraph": Fake, "graph": Capture, "current_stream": lambda: main}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+    with pytest.raises(RuntimeError, match="ended badly"):
+        timing.recorded(lambda: calls.append(now[0]))
+    assert now[0] is main and calls == ["main"] * 3 + ["capturing"]
 
 
 def test_a_rival_that_fails_stops_nobody_else(monkeypatch):

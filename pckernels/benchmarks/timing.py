@@ -54,16 +54,19 @@ def milliseconds(run: Callable[[], object], device: torch.device, clock: Clock =
 
 
 def recorded(run: Callable[[], object]) -> tuple[Callable[[], None], object]:
-    """A replay of `run` as one CUDA graph, and what `run` returned when it was recorded."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    """A replay of `run` as one CUDA graph, and what `run` returned when it was recorded. Where that fails, the stream is what it was."""
+    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(before)
     with torch.cuda.stream(side):
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(side)
+    before.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        returned = run()
+    try:
+        with torch.cuda.graph(graph):
+            returned = run()
+    finally:
+        torch.cuda.set_stream(before)
     return graph.replay, returned
 
 
