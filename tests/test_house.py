@@ -37,11 +37,25 @@ def test_the_commands_of_the_readme_are_commands() -> None:
     assert set(re.findall(r"^pckernels (\w+)", blocks, flags=re.MULTILINE)) == set(COMMANDS)
 
 
-def test_the_python_of_the_readme_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/clamping.md"])
+def test_the_python_of_a_page_runs(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, page, "exec"), {})
+
+
+def test_every_page_with_python_is_run() -> None:
+    pages = {str(path.relative_to(ROOT)) for path in project_files() if path.suffix == ".md" and "```python" in path.read_text("utf-8")}
+    assert pages == {"README.md", "docs/clamping.md"}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [path for path in project_files() if path.suffix == ".md"]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8"))]
+    local = [(page, link) for page, link in links if not link.startswith("http")]
+    assert local
+    assert not [f"{page.relative_to(ROOT)}: {link}" for page, link in local if not (page.parent / link).exists()]
 
 
 def test_the_version_is_written_once() -> None:
