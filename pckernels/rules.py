@@ -28,7 +28,7 @@ class Dynamics:
         stale_errors: weights learn from the errors of before the last step, at the values after it.
         halving: after a step in which the energy of any sample rose the rate is halved; after another step in which 2 F fell by less
             than halving * rate / units, a mean over samples, inference stops. None: neither.
-        clamp: what vertices send back, and gradients, are clamped to +- this, and weights learn twice (backends/clamped.py).
+        clamp: what vertices send back, and gradients, are clamped to +- this, and weights learn twice (backends/published_code.py).
     """
 
     moves: str

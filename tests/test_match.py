@@ -23,6 +23,19 @@ def blocks(batch: int = 5) -> tuple[nn.Sequential, Tensor, Tensor]:
     return module, torch.randn(batch, 4).double(), torch.randn(batch, 3).double()
 
 
+def convolutions(batch: int = 5) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A CNN as the codes have them: a list of blocks, pooling one of them."""
+    torch.manual_seed(0)
+    first, second = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh()), nn.Sequential(nn.Conv2d(3, 4, 2), nn.Tanh())
+    module = nn.Sequential(
+        first, nn.MaxPool2d(2), second, nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh()), nn.Linear(5, 3)
+    ).double()
+    return module, torch.randn(batch, 2, 8, 8).double(), torch.randn(batch, 3).double()
+
+
+MODELS = {"mlp": blocks, "cnn": convolutions}
+
+
 def network(module: nn.Module, rule: pck.rules.Rule, **options: object) -> pck.PCNetwork:
     names = [str(k) for k in range(len(module))]
     return pck.PCNetwork(module, rule, value_nodes=names, **options)
@@ -69,6 +82,12 @@ def torch2pc_fixed(module: nn.Sequential, x: Tensor, loss: Callable[[Tensor], Te
 
 
 def torch2pc_strict(module: nn.Sequential, x: Tensor, loss: Callable[[Tensor], Tensor], rate: float, steps: int) -> dict[str, Tensor]:
+    return taught(module, *torch2pc_states(module, x, loss, rate, steps))
+
+
+def torch2pc_states(
+    module: nn.Sequential, x: Tensor, loss: Callable[[Tensor], Tensor], rate: float, steps: int
+) -> tuple[list[Tensor], list[Tensor]]:
     v = forward(module, x)
     eps = [torch.zeros_like(each) for each in v]
     for _ in range(steps):
@@ -76,14 +95,15 @@ def torch2pc_strict(module: nn.Sequential, x: Tensor, loss: Callable[[Tensor], T
         for k in reversed(range(1, len(module))):
             eps[k] = module[k - 1](v[k - 1]).detach() - v[k]
             v[k] = v[k] + rate * (eps[k] - pull(module[k], v[k], eps[k + 1]))
-    return taught(module, v, eps)
+    return v, eps
 
 
 @pytest.mark.parametrize("steps", [1, 9])
 @pytest.mark.parametrize("kind", ["strict", "closed_form", "iterate"])
 @pytest.mark.parametrize(("name", "reduction"), [("squared_error", "mean"), ("squared_error", "sum"), ("cross_entropy", "mean")])
-def test_torch2pc(name: str, kind: str, steps: int, reduction: str) -> None:
-    module, x, y = blocks()
+@pytest.mark.parametrize("model", MODELS)
+def test_torch2pc(model: str, name: str, kind: str, steps: int, reduction: str) -> None:
+    module, x, y = MODELS[model]()
     target = y if name == "squared_error" else torch.tensor([0, 2, 1, 1, 0])
 
     def loss(mu: Tensor) -> Tensor:
@@ -100,7 +120,19 @@ def test_torch2pc(name: str, kind: str, steps: int, reduction: str) -> None:
     plain = network(module, rule, loss=name, reduction=reduction)
     plain.zero_grad()
     plain.backward(x, target)
-    assert not torch.allclose(module[2][0].weight.grad, expected["2.0.weight"], rtol=1e-6)
+    assert not all(torch.allclose(p.grad, expected[key], rtol=1e-6) for key, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_values_and_errors_of_torch2pc_at_every_step(model: str) -> None:
+    """Its last moment of values is ours; its errors there are those of the moment before, which ours has in the history."""
+    module, x, y = MODELS[model]()
+    found = network(module, pck.Strict(6, 0.3), reduction="sum", match="torch2pc").infer(x, y, record=True)
+    for steps in range(1, 7):
+        v, eps = torch2pc_states(module, x, lambda mu: 0.5 * (mu - y).square().sum(), 0.3, steps)
+        for k in range(1, len(module)):
+            assert torch.allclose(found.history[steps].values[str(k - 1)], v[k], rtol=1e-11, atol=1e-15)
+            assert torch.allclose(found.history[steps - 1].errors[str(k - 1)], -eps[k], rtol=1e-11, atol=1e-15)
 
 
 # Millidge: eps = value - prediction, F without 1/2
@@ -128,10 +160,12 @@ def millidge(module: nn.Sequential, x: Tensor, at_output: Tensor, rate: float, s
 @pytest.mark.parametrize("size", [1.0, 30.0])
 @pytest.mark.parametrize("steps", [1, 30])
 @pytest.mark.parametrize("name", ["squared_error", "cross_entropy"])
-def test_millidge2020(name: str, steps: int, size: float) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_millidge2020(model: str, name: str, steps: int, size: float) -> None:
     """With small errors, and with errors that meet the clamps."""
-    module, x, y = blocks()
-    module.insert(2, nn.Flatten())  # a layer without weights, which does not clamp
+    module, x, y = MODELS[model]()
+    if model == "mlp":
+        module.insert(2, nn.Flatten())  # a layer without weights, which does not clamp, as pooling is
     y, target = y * size, y * size if name == "squared_error" else torch.tensor([0, 2, 1, 1, 0])
     module[-1].weight.data.mul_(size)
     mu = module(x).detach()
@@ -149,14 +183,20 @@ def test_millidge2020(name: str, steps: int, size: float) -> None:
 # PCX: the output is clamped to u + beta (y - u)
 
 
-def pcx(module: nn.Sequential, x: Tensor, y: Tensor, rate: float, steps: int, momentum: float, beta: float) -> dict[str, Tensor]:
+def pcx(
+    module: nn.Sequential, x: Tensor, y: Tensor, rate: float, steps: int, momentum: float, beta: float
+) -> tuple[dict[str, Tensor], list[list[Tensor]], list[float]]:
+    """What weights learn, and the hidden values and the energy at every step."""
     h = forward(module, x)
     h[-1] = h[-1] - beta * (h[-1] - y)
     trace = [torch.zeros_like(each) for each in h]
+    values, energies = [], []
     for t in range(steps + 1):
         free = [each.detach().requires_grad_() for each in h[1:-1]]
-        values = [x, *free, h[-1]]
-        energy = sum(0.5 * (values[k + 1] - layer(values[k])).square().sum() for k, layer in enumerate(module))
+        states = [x, *free, h[-1]]
+        energy = sum(0.5 * (states[k + 1] - layer(states[k])).square().sum() for k, layer in enumerate(module))
+        values.append([each.detach() for each in free])
+        energies.append(float(energy.detach()))
         if t == steps:
             break
         for k, gradient in enumerate(torch.autograd.grad(energy, free), 1):
@@ -164,18 +204,23 @@ def pcx(module: nn.Sequential, x: Tensor, y: Tensor, rate: float, steps: int, mo
             h[k] = h[k] - rate * trace[k]
     scale = (1.0 / beta if beta < 0 else 1.0) / len(x)
     names, parameters = zip(*module.named_parameters(), strict=True)
-    return {name: scale * g for name, g in zip(names, torch.autograd.grad(energy, parameters), strict=True)}
+    learned = {name: scale * g for name, g in zip(names, torch.autograd.grad(energy, parameters), strict=True)}
+    return learned, values, energies
 
 
 @pytest.mark.parametrize("beta", [None, 0.3, -0.2])
 @pytest.mark.parametrize("steps", [0, 1, 7])
-def test_pcx(steps: int, beta: float | None) -> None:
-    module, x, y = blocks()
+@pytest.mark.parametrize("model", MODELS)
+def test_pcx(model: str, steps: int, beta: float | None) -> None:
+    module, x, y = MODELS[model]()
     found = network(module, pck.Strict(steps, 0.1, momentum=0.4, nudge=beta), match="pcx")
     inference = found.backward(x, y)
-    expected = pcx(module, x, y, 0.1, steps, 0.4, beta or 1.0)
+    expected, values, energies = pcx(module, x, y, 0.1, steps, 0.4, beta or 1.0)
     for key, p in module.named_parameters():
         assert torch.allclose(p.grad, expected[key], rtol=1e-11, atol=1e-15), key
+    assert inference.energy.tolist() == pytest.approx(energies, rel=1e-12)
+    for moment, state in zip(found.infer(x, y, record=True).history, values, strict=True):
+        assert all(torch.allclose(moment.values[str(k)], value, rtol=1e-11, atol=1e-15) for k, value in enumerate(state))
     assert inference.loss.item() == pytest.approx(0.5 * (module(x) - y).square().sum(1).mean().item(), rel=1e-12)
     if beta is not None and steps == 7:
         weighed = network(module, pck.Strict(steps, 0.1, momentum=0.4, nudge=beta))
@@ -193,8 +238,8 @@ def logistic(x: Array) -> Array:
 
 def whittington(
     weights: list[Array], biases: list[Array], x: Array, y: Array, rate: float, most: int, applied: str
-) -> tuple[list[Array], int, float]:
-    """-dF/dW of each layer, how many steps it took, and the last rate. `applied`: f after the weights ("bp"), or before ("bio")."""
+) -> tuple[list[Array], list[float], float]:
+    """-dF/dW of each layer, 2 F at every step, and the last rate. `applied`: f after the weights ("bp"), or before ("bio")."""
     before = (lambda v: v) if applied == "bp" else logistic
     after = logistic if applied == "bp" else (lambda v: v)
     slope = lambda v: logistic(v) * (1.0 - logistic(v))  # noqa: E731
@@ -211,8 +256,8 @@ def whittington(
 
     u, e, last = errors()
     condition = 1e-6 / sum(len(each) for each in v[1:])
-    step = 0
-    for step in range(1, most + 1):  # noqa: B007
+    energies = [-float(last.sum())]
+    for _ in range(most):
         stop = condition * rate
         if applied == "bp":
             g = [weights[k].T @ (e[k + 1] * slope(u[k])) for k in range(1, count - 1)]
@@ -222,6 +267,7 @@ def whittington(
             v[k] = v[k] + rate * (-e[k] + g[k - 1])
         u, e, now = errors()
         change, last = now - last, now
+        energies.append(-float(now.sum()))
         if (change < 0).any():
             rate /= 2
         elif change.mean() < stop:
@@ -231,7 +277,7 @@ def whittington(
         learned = [(e[k + 1] * slope(u[k])) @ v[k].T / samples for k in range(count - 1)]
     else:
         learned = [e[k + 1] @ logistic(v[k]).T / samples for k in range(count - 1)]
-    return learned, step, rate
+    return learned, energies, rate
 
 
 def logistic_net(applied: str) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -249,11 +295,11 @@ def test_whittington2017(applied: str, rate: float, most: int, halved: bool, sto
     module, x, y = logistic_net(applied)
     linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     arrays = [[getattr(layer, kind).detach().numpy() for layer in linear] for kind in ("weight", "bias")]
-    learned, steps, last = whittington(*arrays, x.numpy().T, y.numpy().T, rate, most, applied)
-    assert (last < rate, steps < most) == (halved, stopped)
+    learned, energies, last = whittington(*arrays, x.numpy().T, y.numpy().T, rate, most, applied)
+    assert (last < rate, len(energies) <= most) == (halved, stopped)
     found = network(module, pck.Strict(most, rate), match="whittington2017")
     inference = found.backward(x, y)
-    assert len(inference.energy) == steps + 1
+    assert (2 * inference.energy).tolist() == pytest.approx(energies, rel=1e-9)
     for layer, expected in zip(linear, learned, strict=True):
         assert np.allclose(layer.weight.grad.numpy(), -expected, rtol=1e-9, atol=1e-14)
 

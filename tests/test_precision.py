@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from oracle import rules, strict_models
+from oracle import exact, rules, strict_models
 from oracle.extended import Expected, compare_all
 from oracle.precision import WeightedLoop
 from oracle.strict import StrictLoop
@@ -104,19 +104,19 @@ def test_error_optimization_with_precisions_equals_the_loop(name: str, kind: str
 @pytest.mark.parametrize("name", BUILDERS)
 def test_incremental_with_precisions_equals_the_loop(name: str, kind: str) -> None:
     loops = weighted_loops(name, pck.Incremental(STEPS, RATE, 0.02), kind)
-    exact, rough = (rules.incremental(loop, STEPS, RATE, 0.02) for loop in loops)
-    assert_follows(name, Expected(exact[0], rough[0]))
+    extended, rough = (rules.incremental(loop, STEPS, RATE, 0.02) for loop in loops)
+    assert_follows(name, Expected(extended[0], rough[0]))
     case, network, _ = subject(name)
     live = copy.deepcopy(network)
     live.step(case.x, case.target, torch.optim.SGD(live.parameters(), 0.02))
-    compare_all({key: p.detach() for key, p in live.named_parameters()}, exact[1], rough[1], "weight")
+    compare_all({key: p.detach() for key, p in live.named_parameters()}, extended[1], rough[1], "weight")
 
 
 @pytest.mark.parametrize("kind", PRECISIONS)
-def test_centered_nudging_with_precisions_equals_the_loop(kind: str) -> None:
-    loops = weighted_loops("mlp", pck.Strict(STEPS, RATE, nudge=("centered", 0.3)), kind)
-    exact, rough = (rules.nudged(loop, (0.3, -0.3), STEPS, RATE) for loop in loops)
-    assert_follows("mlp", Expected(exact, rough))
+@pytest.mark.parametrize("name", BUILDERS)
+def test_centered_nudging_with_precisions_equals_the_loop(name: str, kind: str) -> None:
+    loops = weighted_loops(name, pck.Strict(STEPS, RATE, nudge=("centered", 0.3)), kind)
+    assert_follows(name, Expected(*(rules.nudged(loop, (0.3, -0.3), STEPS, RATE) for loop in loops)))
 
 
 @pytest.mark.parametrize("kind", PRECISIONS)
@@ -130,23 +130,7 @@ def test_fixed_prediction_with_precisions_equals_the_loop(name: str, kind: str, 
             with pytest.raises(pck.Unsupported, match='Use solver="iterate"'):
                 network.backward(case.x, case.target)
             return
-        groups = [[u.name for u in loops[0].hidden]]
-        exact, rough = (loop.fixed_prediction(steps, 0.3, groups) for loop in loops)
-        network.zero_grad()
-        inference = network.backward(case.x, case.target)
-        compare_all(inference.errors, exact[0], rough[0], "error")
-        compare_all(gradients(network), exact[1], rough[1], "gradient")
-        energies = [energy(loop, steps) for loop in loops]
-        compare_all({"energy": inference.energy}, {"energy": energies[0]}, {"energy": energies[1]}, "energy")
-        if steps == STEPS:
-            last = network.infer(case.x, case.target, record=True).history[-1]
-            compare_all(last.errors, exact[0], rough[0], "recorded error")
-
-
-def energy(loop: WeightedLoop, steps: int) -> np.ndarray:
-    mu = loop._predict(loop._feed_forward())
-    groups = [[u.name for u in loop.hidden]]
-    return np.array([loop._energy(loop.fixed_prediction(t, 0.3, groups)[0], mu) for t in range(steps + 1)], mu[loop.output.name].dtype)
+        assert_follows(name, Expected(*(exact.fixed_prediction(loop, steps, 0.3) for loop in loops)))
 
 
 def test_relaxed_feedback_and_precisions_go_together() -> None:

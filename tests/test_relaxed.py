@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from oracle import relaxed, rules, strict_models
+from oracle import exact, rules, strict_models
 from oracle.extended import Expected, compare_all
 from oracle.relaxed import Relaxation, RelaxedLoop
 from oracle.strict import StrictLoop
@@ -71,14 +71,16 @@ def gradients(network: pck.PCNetwork) -> dict[str, Tensor]:
     return {key: p.grad for key, p in network.named_parameters() if p.grad is not None}
 
 
-def assert_follows(name: str, expected: Expected, history: bool = True) -> None:
+def assert_follows(name: str, expected: Expected) -> None:
     case, network, _ = subject(name)
     network.zero_grad()
     inference = network.backward(case.x, case.target)
-    if history:
-        expected.energies(inference.energy)
-        for t, state in enumerate(network.infer(case.x, case.target, record=True).history):
-            expected.state(state.values, state.errors, t)
+    expected.energies(inference.energy)
+    history = network.infer(case.x, case.target, record=True).history
+    assert len(history) == len(expected.exact.values)
+    for t, state in enumerate(history):
+        expected.state(state.values, state.errors, t)
+    expected.state(inference.values, inference.errors, len(history) - 1)
     expected.gradients(gradients(network))
 
 
@@ -102,13 +104,13 @@ def test_relaxed_nudging_equals_the_loop(name: str, relaxation: str) -> None:
 def test_relaxed_incremental_equals_the_loop(name: str, relaxation: str) -> None:
     course = {"momentum": 0.6, "sweep": "red_black"}
     loops = relaxed_loops(name, pck.Incremental(STEPS, RATE, WEIGHT_RATE, **course), relaxation)
-    exact, rough = (rules.incremental(loop, STEPS, RATE, WEIGHT_RATE, **course) for loop in loops)
-    assert_follows(name, Expected(exact[0], rough[0]))
+    extended, rough = (rules.incremental(loop, STEPS, RATE, WEIGHT_RATE, **course) for loop in loops)
+    assert_follows(name, Expected(extended[0], rough[0]))
     case, network, _ = subject(name)
     live = copy.deepcopy(network)
     live.step(case.x, case.target, torch.optim.SGD(live.parameters(), WEIGHT_RATE))
-    moved = {key: p.detach() for key, p in live.named_parameters() if key in exact[1]}
-    compare_all(moved, exact[1], rough[1], "weight")
+    moved = {key: p.detach() for key, p in live.named_parameters() if key in extended[1]}
+    compare_all(moved, extended[1], rough[1], "weight")
 
 
 @pytest.mark.parametrize("relaxation", WITHOUT_ERROR_WEIGHTS)
@@ -124,20 +126,7 @@ def test_relaxed_error_optimization_equals_the_loop(name: str, relaxation: str) 
 def test_relaxed_fixed_prediction_equals_the_loop(name: str, relaxation: str, solver: str) -> None:
     for steps in (1, STEPS):
         loops = relaxed_loops(name, pck.FixedPrediction(steps, 0.3, solver), relaxation)
-        exact, rough = (loop.fixed_prediction(steps, 0.3, [[u.name for u in loop.hidden]]) for loop in loops)
-        case, network, _ = subject(name)
-        network.zero_grad()
-        inference = network.backward(case.x, case.target)
-        compare_all(inference.errors, exact[0], rough[0], "error")
-        compare_all(gradients(network), exact[1], rough[1], "gradient")
-        energies = [energy(loop, steps) for loop in loops]
-        compare_all({"energy": inference.energy}, {"energy": energies[0]}, {"energy": energies[1]}, "energy")
-
-
-def energy(loop: RelaxedLoop, steps: int) -> np.ndarray:
-    mu = loop._predict(loop._feed_forward())
-    groups = [[u.name for u in loop.hidden]]
-    return np.array([loop._energy(loop.fixed_prediction(t, 0.3, groups)[0], mu) for t in range(steps + 1)], mu[loop.output.name].dtype)
+        assert_follows(name, Expected(*(exact.fixed_prediction(loop, steps, 0.3) for loop in loops)))
 
 
 @pytest.mark.parametrize("solver", ["sweep", "iterate"])
@@ -145,15 +134,11 @@ def energy(loop: RelaxedLoop, steps: int) -> np.ndarray:
 @pytest.mark.parametrize("name", BUILDERS)
 def test_relaxed_zero_divergence_equals_the_literal_loop(name: str, relaxation: str, solver: str) -> None:
     loops = relaxed_loops(name, pck.ZeroDivergence(solver), relaxation)
-    exact, rough = (relaxed.zero_divergence(loop) for loop in loops)
-    case, network, _ = subject(name)
-    network.zero_grad()
-    inference = network.backward(case.x, case.target)
     mixed = "error_weights" in RELAXATIONS[relaxation]
     rounding = 4 * 2.0**-52 if mixed else 0.0  # v - E mu of numbers near 1: a gate that has no effect moves by its error and back
-    compare_all(inference.errors, exact.errors[0], rough.errors[0], "error", rounding)
-    compare_all(gradients(network), exact.gradients, rough.gradients, "gradient", rounding)
-    assert ("literal" in inference.plan) == (solver == "iterate" or mixed)
+    assert_follows(name, Expected(*(exact.zero_divergence(loop) for loop in loops), rounding))
+    case, network, _ = subject(name)
+    assert ("literal" in network.infer(case.x, case.target).plan) == (solver == "iterate" or mixed)
 
 
 RULES = [

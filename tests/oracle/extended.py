@@ -18,10 +18,10 @@ TOLERANCE, SLACK = 1e-12, 8
 
 
 class Expected:
-    """Compares with the extended loop; `plain` is the float64 one."""
+    """Compares with the extended loop; `plain` is the float64 one. `rounding`: as in compare_all, of errors and gradients."""
 
-    def __init__(self, exact: Trajectory, plain: Trajectory):
-        self.exact, self.plain = exact, plain
+    def __init__(self, exact: Trajectory, plain: Trajectory, rounding: float = 0.0):
+        self.exact, self.plain, self.rounding = exact, plain, rounding
 
     def energies(self, found: Tensor) -> None:
         compare(found, np.array(self.exact.energies), np.array(self.plain.energies), "energy")
@@ -30,10 +30,10 @@ class Expected:
         assert set(values) == set(errors) == set(self.exact.errors[t])
         hidden = {name: value for name, value in values.items() if name != "output"}
         compare_all(hidden, self.exact.values[t], self.plain.values[t], f"value at step {t}")
-        compare_all(errors, self.exact.errors[t], self.plain.errors[t], f"error at step {t}")
+        compare_all(errors, self.exact.errors[t], self.plain.errors[t], f"error at step {t}", self.rounding)
 
     def gradients(self, found: dict[str, Tensor | None]) -> None:
-        compare_all(found, self.exact.gradients, self.plain.gradients, "gradient")
+        compare_all(found, self.exact.gradients, self.plain.gradients, "gradient", self.rounding)
 
 
 def compare_all(

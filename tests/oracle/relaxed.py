@@ -6,12 +6,12 @@ The loops of the other oracles run here too: they ask a loop for what comes back
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from oracle.layers import Array, Conv, Function, Gradients, Hidden, Layer, Linear, LinearSum, ReLU, Sigmoid, Tanh
-from oracle.strict import StrictLoop, Trajectory, Vertex
+from oracle.strict import StrictLoop, Vertex
 
 Arrays = dict[str, Array]
 
@@ -68,9 +68,13 @@ class RelaxedLoop(StrictLoop):
             return [g * np.tanh(c), g * o]
         return function.split(parents, g)
 
+    def _expected(self, name: str, mu: Arrays) -> Array:
+        matrix = self.relaxation.error_weights.get(name)
+        return mu[name] if matrix is None else _mix(matrix, mu[name])
+
     def _errors(self, v: Arrays, mu: Arrays) -> Arrays:
         eps = super()._errors(v, mu)
-        return eps | {name: v[name] - _mix(matrix, mu[name]) for name, matrix in self.relaxation.error_weights.items() if name in mu}
+        return eps | {name: v[name] - self._expected(name, mu) for name in self.relaxation.error_weights if name in mu}
 
     def _learn(self, v: Arrays, eps: Arrays) -> Gradients:
         gradients = super()._learn(v, eps)
@@ -82,47 +86,6 @@ class RelaxedLoop(StrictLoop):
                 name = key.removeprefix("pc.error_weights.")
                 gradients[key] = -_rows(eps[name]).T @ _rows(mu[name])
         return gradients
-
-
-def zero_divergence(loop: StrictLoop) -> Trajectory:
-    """Strict steps at rate 1 on the levelled graph; a vertex at distance d learns from its error after d of them.
-
-    Errors of the hidden vertices and gradients of each as it learns; no values, and no energies.
-    """
-    level = _levelled(loop)
-    v = level._feed_forward()
-    velocity = {u.name: np.zeros_like(v[u.name]) for u in level.hidden}
-    errors: Arrays = {}
-    gradients: Gradients = {}
-    for t in range(max(level.distance.values()) + 1):
-        eps = level._errors(v, level._predict(v))
-        arrived = {u.name for u in level.vertices if level.distance[u.name] == t}
-        silent = {name: error if name in arrived else np.zeros_like(error) for name, error in eps.items()}
-        for name, gradient in level._learn(v, silent).items():
-            gradients[name] = gradients.get(name, 0.0) + gradient
-        errors |= {name: eps[name] for name in arrived}
-        level._sweep(v, velocity, 1.0, 0.0, "jacobi")
-    return Trajectory([], [{name: error for name, error in errors.items() if "@" not in name}], [], gradients)
-
-
-def _levelled(loop: StrictLoop) -> StrictLoop:
-    """The same loop with a chain of identity vertices on every edge that skips a level; edges out of a vertex share it."""
-    vertices: list[Vertex] = []
-    for u in loop.vertices:
-        parents = []
-        for parent in u.parents:
-            last = parent
-            for distance in range(loop.distance.get(parent, 0) - 1, loop.distance[u.name], -1):
-                name = f"{parent}@{distance}"
-                if all(vertex.name != name for vertex in vertices):
-                    vertices.append(Vertex(name, (last,), Function()))
-                last = name
-            parents.append(last)
-        vertices.append(replace(u, parents=tuple(parents)))
-    other = copy.copy(loop)
-    other.vertices, other.hidden, other.output = vertices, vertices[:-1], vertices[-1]
-    other.distance = other._longest_paths()
-    return other
 
 
 def _axis(value: Array) -> int:

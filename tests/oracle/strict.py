@@ -116,6 +116,10 @@ class StrictLoop:
         eps[self.output.name] = self.loss[1](mu[self.output.name], self.target)
         return eps
 
+    def _expected(self, name: str, mu: dict[str, Array]) -> Array:
+        """What a value is compared with."""
+        return mu[name]
+
     def _weighted(self, eps: dict[str, Array]) -> dict[str, Array]:
         """pi_i eps_i."""
         return eps
