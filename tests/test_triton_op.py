@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from chain_case import code_of
 
 import pckernels as pck
 from pckernels import ops
@@ -39,8 +40,6 @@ def test_triton_stands_in_for_an_engine_that_was_not_built(monkeypatch: pytest.M
 
 
 def code_and_weights() -> tuple[Compiled, list[torch.Tensor], list[torch.Tensor]]:
-    from test_triton_chain import code_of
-
     code, net = code_of("two", "tanh", pck.Strict(2, 0.1))
     reads = [torch.randn(3 * place.n) for place in code.io if not place.is_result]
     return code, [p.detach() for p in net.parameters()], reads

@@ -20,17 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 
 from pckernels.compiler import Compiled
 from pckernels.errors import Unsupported
-from pckernels.instructions import ABSENT, Activation, Loss
 from pckernels.memory import Memory, Packed
-from pckernels.triton_chain import WARPS, Chain, Plan, chain_of_code, held, loss_of, misfit, padded_widths, plan_chain
+from pckernels.triton_chain import WARPS, chain_of_code, held, misfit, padded_widths, plan_chain
 
-from . import local_update
+from . import chain_launch, local_update
 from .activations import SIGMOID, TANH, act, act_change, act_grad, act_grad_of_value
 from .ahead_of_time import Build
 from .functions import exponential, logarithm
@@ -328,29 +326,6 @@ def columns(tile, k, LANES: tl.constexpr, CHUNK: tl.constexpr):
     return tl.gather(tile, tl.broadcast_to(k[None, :], (LANES, CHUNK)), 1)
 
 
-def constants(compiled: Compiled, chain: Chain, plan: Plan, precision: str) -> dict[str, object]:
-    """The constexpr arguments."""
-    dynamics, places = compiled.dynamics, {(place.kind, place.name) for place in compiled.io}
-    assert dynamics is not None
-    return {
-        "INPUTS": chain.layers[0].inputs,
-        "WIDTHS": chain.widths,
-        "PADDED": plan.padded,
-        "KINDS": tuple(int(layer.activation) for layer in chain.layers),
-        "F0": tuple(layer.factors[0] for layer in chain.layers),
-        "F1": tuple(layer.factors[1] for layer in chain.layers),
-        "BIASED": tuple(layer.bias != ABSENT for layer in chain.layers),
-        "SENT": tuple(("g", f"{layer.name}/0") in places for layer in chain.layers),
-        "CROSS_ENTROPY": loss_of(compiled)[0] is Loss.CROSS_ENTROPY,
-        "VALUES_MOVE": dynamics.moves == "values",
-        "MOMENTUM": dynamics.momentum != 0.0,
-        "HELD": plan.held,
-        "PRECISION": precision,
-        "LANES": plan.lanes,
-        "CHUNK": CHUNK,
-    }
-
-
 # Chains of the table: widths, input width, lanes. The widest is as wide as plan_chain lets a chain be.
 CHAINS = {"narrow": ((64, 64, 10), 784, 16), "wide": ((128, 128, 10), 784, 16), "deep": ((64, 64, 64, 64, 64, 10), 64, 16)}
 
@@ -367,30 +342,15 @@ def builds() -> Iterator[Build]:
 
 
 def _build(name: str, widths: tuple[int, ...], inputs: int, lanes: int, precision: str, strict: bool) -> Build:
-    depth = len(widths)
-    half = {"fp16": "*fp16", "bf16": "*bf16"}.get(precision, "*fp32")
-    rows = ("*fp32",) * depth
-    signature = {"x": "*fp32", "target": "*fp32", "weights": ("*fp32", *(half,) * (depth - 1)), "biases": rows, "values": rows}
-    signature |= {"errors": rows, "gradients": rows, "losses": "*fp32", "energies": "*fp64", "batch": "i32", "steps": "i32"}
-    signature |= {"rate": "fp32", "momentum": "fp32"}
-    constants: dict[str, object] = {
-        "INPUTS": inputs,
-        "WIDTHS": widths,
-        "PADDED": padded_widths(widths, lanes),
-        "KINDS": (int(Activation.TANH),) * (depth - 1) + (int(Activation.AFFINE),),
-        "F0": (1.0,) * depth,
-        "F1": (0.0,) * depth,
-        "BIASED": (True,) * depth,
-        "SENT": (True,) * depth,
-        "CROSS_ENTROPY": False,
-        "VALUES_MOVE": strict,
-        "MOMENTUM": strict,
-        "HELD": held(precision),
-        "PRECISION": precision,
-        "LANES": lanes,
-        "CHUNK": CHUNK,
-    }
+    constants = chain_launch.constants_of_table(widths, inputs, lanes, precision, strict)
+    constants |= _of_plan(padded_widths(widths, lanes), held(precision))
+    signature = chain_launch.signature_of_table(len(widths), precision)
     return Build(name, relax_mlp, signature, constants, {"num_warps": WARPS}, mma=precision != "fp32")
+
+
+def _of_plan(padded: tuple[int, ...], held: bool) -> dict[str, object]:
+    """The constexpr arguments of this kernel alone."""
+    return {"PADDED": padded, "HELD": held, "CHUNK": CHUNK}
 
 
 def run(compiled: Compiled, memory: Memory | Packed, batch: int, factor: float, precision: str = "fp32", lanes: int | None = None) -> None:
@@ -414,45 +374,6 @@ def run(compiled: Compiled, memory: Memory | Packed, batch: int, factor: float, 
     plan = plan_chain(chain, compiled.dynamics, precision, lanes)
     if isinstance(plan, str):
         raise Unsupported(plan)
-    _Launch(compiled, chain, plan, memory, batch, precision).relax()
+    constants = chain_launch.constants(compiled, chain, precision, plan.lanes) | _of_plan(plan.padded, plan.held)
+    chain_launch.relax(relax_mlp, constants, {"num_warps": plan.warps}, compiled, chain, memory, batch)
     local_update.learn(compiled.code.products, memory.io, memory.gradients, batch, factor, precision)
-
-
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class _Launch:
-    """The arguments of relax_mlp, out of the slots of code."""
-
-    def __init__(self, compiled: Compiled, chain: Chain, plan: Plan, memory: Memory | Packed, batch: int, precision: str):
-        self.compiled, self.chain, self.plan, self.memory, self.batch, self.precision = compiled, chain, plan, memory, batch, precision
-        self.io = {(place.kind, place.name): tensor for place, tensor in zip(compiled.io, memory.io, strict=True)}
-
-    def relax(self) -> None:
-        assert self.compiled.dynamics is not None
-        dynamics, code, tiles = self.compiled.dynamics, self.compiled.code, triton.cdiv(self.batch, self.plan.lanes)
-        names = [layer.name for layer in self.chain.layers]
-        energies = torch.zeros(tiles, code.steps + 1, code.energies, dtype=torch.float64, device=self.memory.energies.device)
-        relax_mlp[(tiles,)](
-            next(tensor for (kind, _), tensor in self.io.items() if kind == "input"),
-            self.io["target", names[-1]],
-            self._weights(),
-            tuple(self.memory.weights[layer.bias if layer.bias != ABSENT else layer.weight] for layer in self.chain.layers),
-            tuple(self.io["value", name] for name in names),
-            tuple(self.io["error", name] for name in names),
-            tuple(self.io.get(("g", f"{name}/0"), self.io["error", name]) for name in names),  # not written where it has none
-            self.io["losses", names[-1]],
-            energies,
-            self.batch,
-            code.steps,
-            dynamics.rate,
-            dynamics.momentum,
-            **constants(self.compiled, self.chain, self.plan, self.precision),
-            num_warps=self.plan.warps,
-        )
-        torch.sum(energies, 0, out=self.memory.energies)
-
-    def _weights(self) -> tuple[torch.Tensor, ...]:
-        first, *others = (self.memory.weights[layer.weight] for layer in self.chain.layers)
-        half = HALVES.get(self.precision)
-        return (first, *(weight if half is None else weight.to(half) for weight in others))
