@@ -226,12 +226,15 @@ class Machine:
         self.put(i, self.rows(i.a, i.n) - self.rows(i.b, i.n))
 
     def _move(self, i: Instruction, t: int) -> None:
-        rate, momentum, precision = i.f
+        self.rows(i.out, i.n).add_(i.f[0] * self._velocity(i))
+
+    def _velocity(self, i: Instruction) -> Tensor:
+        _, momentum, precision = i.f
         velocity = self.rows(i.b, i.n) - precision * self.rows(i.a, i.n)
         if i.c != ABSENT:
             velocity = momentum * self.rows(i.c, i.n) + velocity
             self.rows(i.c, i.n).copy_(velocity)
-        self.rows(i.out, i.n).add_(rate * velocity)
+        return velocity
 
     def _relax(self, i: Instruction, t: int) -> None:
         error = self.rows(i.out, i.n)
@@ -251,6 +254,20 @@ class Machine:
         with torch.enable_grad():
             (part,) = torch.autograd.grad(F.conv2d(x, leaf, None, *shape.settings), leaf, self.samples(i.a, shape.output))
         gradient.add_(i.f[0] * part.reshape(gradient.shape))
+
+    # Samples that rest
+
+    def _move_or_rest(self, i: Instruction, t: int) -> None:
+        rests, farthest, _ = self.rows(i.d, 3)
+        step = torch.where(rests == 0, i.f[0] * self._velocity(i), 0.0)
+        self.put(i, self.rows(i.out, i.n) + step)
+        farthest.copy_(torch.maximum(farthest, step.abs().amax(0)))
+
+    def _rest(self, i: Instruction, t: int) -> None:
+        rests, farthest, steps = self.rows(i.out, 3)
+        steps.add_(1 - rests)
+        rests.copy_(~(farthest > i.f[0]))
+        farthest.zero_()
 
     def _sum_learn(self, i: Instruction, t: int) -> None:
         before, size, after = i.p[:3]

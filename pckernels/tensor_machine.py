@@ -80,6 +80,12 @@ class Machine:
             self._put_sums()
         self.clock.add_(1)
 
+    @property
+    def rests(self) -> bool:
+        """Whether every sample does. A look that waits for the device."""
+        rest = self.layout.rest
+        return rest is not None and bool(self.get(rest)[:, 0].all())
+
     def _put_sums(self) -> None:
         slots = sorted(self.sums)
         row = torch.zeros_like(self.energies[0])
@@ -323,14 +329,34 @@ def _error(m: Machine, i: Draft) -> None:
 
 
 def _move(m: Machine, i: Draft) -> None:
-    """velocity = momentum velocity + (feedback - precision error); value += rate velocity."""
-    rate, momentum, precision = i.f
-    assert i.out is not None and i.a is not None
-    target, error, feedback = m.get(i.out), m.get(i.a), m.maybe(i.b)
+    """value += rate velocity."""
+    assert i.out is not None
+    m.get(i.out).add_(_velocity(m, i), alpha=i.f[0])
+
+
+def _velocity(m: Machine, i: Draft) -> Tensor:
+    """velocity = momentum velocity + (feedback - precision error)."""
+    _, momentum, precision = i.f
+    assert i.a is not None
+    error, feedback = m.get(i.a), m.maybe(i.b)
     drive = error * -precision if feedback is None else torch.sub(feedback, error, alpha=precision)
-    if i.c is not None:
-        drive = m.get(i.c).mul_(momentum).add_(drive)
-    target.add_(drive, alpha=rate)
+    return drive if i.c is None else m.get(i.c).mul_(momentum).add_(drive)
+
+
+def _move_or_rest(m: Machine, i: Draft) -> None:
+    assert i.out is not None and i.d is not None
+    rests, farthest, _ = m.get(i.d).split(1, 1)
+    step = torch.where(rests == 0.0, _velocity(m, i) * i.f[0], 0.0)
+    m.get(i.out).add_(step)
+    farthest.copy_(torch.maximum(farthest, step.abs().amax(1, keepdim=True)))
+
+
+def _rest(m: Machine, i: Draft) -> None:
+    assert i.out is not None
+    rests, farthest, steps = m.get(i.out).split(1, 1)
+    steps.add_(1.0 - rests)
+    rests.copy_(~(farthest > i.f[0]))
+    farthest.zero_()
 
 
 def _relax(m: Machine, i: Draft) -> None:
@@ -388,6 +414,8 @@ _RUN: dict[Op, Callable[[Machine, Draft], None]] = {
     Op.LOSS: _loss,
     Op.ERROR: _error,
     Op.MOVE: _move,
+    Op.MOVE_OR_REST: _move_or_rest,
+    Op.REST: _rest,
     Op.RELAX: _relax,
     Op.NORM: _norm,
     Op.CONV_LEARN: _conv_learn,

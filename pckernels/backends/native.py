@@ -81,7 +81,9 @@ class _Results:
             losses=losses,
             values=Lazy(self._values),
             errors=Lazy(self._errors),
-            energy=Lazy(lambda: self._trajectory().to(losses.dtype)) if self.code.carried else Lazy(self._energy_of_sweep(losses)),
+            energy=Lazy(lambda: self._course(self._trajectory()).to(losses.dtype))
+            if self.code.carried
+            else Lazy(self._energy_of_sweep(losses)),
             good=good,
             complaint=lambda: complaint(self._feed_forward(), self.call.dynamics, self._trajectory(), self._errors(), divergence()),
             plan=_plan(self.code, self.call.dynamics),
@@ -95,6 +97,14 @@ class _Results:
 
     def _trajectory(self) -> Tensor:
         return energies.trajectory(self.energies, self.code.still)
+
+    def _course(self, trajectory: Tensor) -> Tensor:
+        """(steps + 1,), of the steps up to that after which every sample rested. To look is to wait for the device."""
+        if ("rest", "") not in self.code.slots:
+            return trajectory
+        steps = self._result("rest", "").view(-1, 3)[:, 2]
+        last = int(steps.max()) if self.binding.batch else 1  # no samples rest after a step
+        return trajectory[: last + 1]
 
     def _feed_forward(self) -> dict[str, Tensor]:
         """The feed-forward predictions, which the call has not kept."""
@@ -160,7 +170,7 @@ def _plan(code: Compiled, dynamics: Dynamics) -> str:
     if dynamics.closed_form:
         what = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else f"{kind} in closed form, one backward sweep"
     else:
-        what = f"{kind}, {code.code.steps} steps"
+        what = f"{kind}, {code.code.steps} steps{'' if dynamics.tolerance is None else ' at most'}"
     order = ", one time step after the other" if dynamics.nested else ""
     return (
         f"{what}{order}: {len(code.code.instructions)} instructions over {code.code.energies} vertices, {code.code.rows} numbers a sample"

@@ -99,7 +99,14 @@ def refusal_in_float32(call: Call) -> str | None:
     """Why no backend that computes in float32 can run a call, or None."""
     if not is_float32(call.trace.graph):
         return "it runs float32; a vertex of this graph has another dtype"
-    return refusal(call)
+    return refusal(call) or _refusal_on_chip(call)
+
+
+def _refusal_on_chip(call: Call) -> str | None:
+    """What only backends do that look at their tensors between steps."""
+    if call.objective is not None and call.dynamics.tolerance is not None:
+        return 'tolerance= lets each sample rest by itself, which backend="graph" does, and the reference'
+    return None
 
 
 def refusal(call: Call) -> str | None:
