@@ -57,6 +57,11 @@ class Compiled:
         return found
 
     @cached_property
+    def moves_weights(self) -> bool:
+        """Whether weights move at every step: then the code runs on a copy of them, or with an optimizer."""
+        return any(draft.op is Op.MOVE_WEIGHTS for section in self.sections for draft in section.drafts)
+
+    @cached_property
     def inputs(self) -> list[Place]:
         """The io slots that the code reads, in order."""
         return [place for place in self.io if not place.is_result]
@@ -121,8 +126,6 @@ def compile_steps(
 
     gram: hold displacements in the Gram form where there is one (emitter.Gram). With a tolerance there is none: it is one of displacements.
     """
-    if dynamics.learn_at_each_step:
-        raise Unsupported("weights that move at every step would have to be written inside of the steps, which only the reference does")
     if dynamics.learn_on_arrival:
         raise Unsupported("the literal zero-divergence dynamics run on the levelled graph, which only the reference has")
     steps = steps_on(graph, dynamics.steps)

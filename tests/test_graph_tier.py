@@ -88,7 +88,7 @@ class Recorder:
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         machine = next(iter(reversed(graph._recordings.values()))).machine
-        state = [*machine.held.values(), machine.clock, machine.energies]
+        state = machine.state
         before = [tensor.clone() for tensor in state]
         recorded = Recorded()
         with recorded:

@@ -6,14 +6,14 @@ parents are all clamped and whose operations have no stage, such as an embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from pckernels.backends.feedforward import Bound, compute_constants
+from pckernels.backends.feedforward import Bound, compute_constants, learning_parameters
 from pckernels.backends.selection import program_of
 from pckernels.call import Call
 from pckernels.compiler import Compiled, compile_gram
@@ -100,6 +100,8 @@ class Binding:
             self.new(batch * code.scratch_size),
             [self.new(*self._parameter(name).shape) for name in code.gradients],
             self.new(code.code.steps + 1, code.code.energies, dtype=torch.float64),
+            self.call.divisor,
+            None if self.call.update is None else self._update,
         )
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -131,6 +133,15 @@ class Binding:
 
     def _parameter(self, name: str) -> Tensor:
         return self.call.tensors[name] if self.bound is None else self.bound.weights[name]
+
+    def _update(self, learnt: Sequence[Tensor]) -> list[Tensor]:
+        """Give the call's optimizer what each gradient slot has gained, and zeros to what no vertex in the code reads; the weights then."""
+        call, found = self.call, dict(zip(self.code.gradients, learnt, strict=True))
+        parameters = {name: call.tensors[name] for name in learning_parameters(call)}
+        gradients = [found[name] * -call.factor if name in found else torch.zeros_like(p) for name, p in parameters.items()]
+        assert call.update is not None
+        call.update(list(parameters.values()), gradients)
+        return [self._weight(info) for info in self.code.weights]
 
     # Inputs
 

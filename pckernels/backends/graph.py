@@ -98,7 +98,7 @@ def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> No
     """Run code over float32 or float64 tensors of one device."""
     device = memory.kept.device
     with _precisely(device):
-        if compiled.sections and replay.can_record(device):
+        if compiled.sections and memory.update is None and replay.can_record(device):
             _execute_recorded(compiled, memory, batch, factor)
         else:
             found = layout(compiled)
@@ -149,7 +149,7 @@ def _execute_recorded(compiled: Compiled, memory: Packed, batch: int, factor: fl
 
 def _recording_of(compiled: Compiled, memory: Packed, batch: int) -> _Recording:
     weights = tuple(weight.data_ptr() for weight in memory.weights)  # a replay reads them where they were
-    key = (compiled, batch, memory.kept.dtype, memory.kept.device, weights)
+    key = (compiled, batch, memory.kept.dtype, memory.kept.device, weights, memory.divisor)
     found = _recordings.get(key)
     if found is None:
         found = _recordings[key] = _Recording(Machine(compiled, layout(compiled), memory, batch))

@@ -86,8 +86,8 @@ class _Results:
             else Lazy(self._energy_of_sweep(losses)),
             good=good,
             complaint=lambda: complaint(self._feed_forward(), self.call.dynamics, self._trajectory(), self._errors(), divergence()),
-            plan=_plan(self.code, self.call.dynamics),
-            gradients=self._gradients(gradients) if self.call.learn else {},
+            plan=_plan(self.code, self.call.dynamics, self.call.update is not None),
+            gradients=self._gradients(gradients) if self.call.learn and self.call.update is None else {},  # an optimizer has had them
         )
 
     def _losses(self) -> Tensor:
@@ -107,7 +107,9 @@ class _Results:
         return trajectory[: last + 1]
 
     def _feed_forward(self) -> dict[str, Tensor]:
-        """The feed-forward predictions, which the call has not kept."""
+        """The feed-forward predictions, which the call has not kept; none where its optimizer has moved the parameters since."""
+        if self.call.update is not None:
+            return {}
         return run(replace(self.call, objective=None, learn=False, memo={}), self.binding.execute).values()
 
     def _result(self, kind: str, name: str) -> Tensor:
@@ -163,10 +165,13 @@ class _Results:
 
 
 @lru_cache(maxsize=256)
-def _plan(code: Compiled, dynamics: Dynamics) -> str:
+def _plan(code: Compiled, dynamics: Dynamics, by_optimizer: bool) -> str:
     kind = {"values": "strict dynamics", "errors": "fixed prediction", "free_errors": "error optimisation"}[dynamics.moves]
     if dynamics.is_nudged:
         kind = f"{kind}, nudged by {dynamics.nudges[0]:+g}"
+    if dynamics.learn_at_each_step:
+        who = "the weights, by the optimizer," if by_optimizer else "a copy of the weights"
+        kind = f"incremental, values and {who} together"
     if dynamics.closed_form:
         what = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else f"{kind} in closed form, one backward sweep"
     else:
