@@ -119,9 +119,12 @@ def test_an_optimizer_moves_the_parameters(model: str, name: str) -> None:
     modules, results = [copy.deepcopy(networks(model)[0].module) for _ in range(2)], []
     for module, backend in zip(modules, ("graph", "reference"), strict=True):
         network, optimizer = pck.PCNetwork(module, pck.Incremental(4, 0.1), backend=backend), OPTIMIZERS[name](module)
+        calls: list[Tensor] = []
+        module[0].bias.register_hook(calls.append)
         for scale in (1.0, torch.tensor(2.0)):
             inference = network.step(x, target, optimizer, scale=scale)
             assert "the weights, by the optimizer, together" in inference.plan
+        assert len(calls) == 2 * 4  # as many as optimizer steps
         results.append(
             dict(module.state_dict()) | {f"grad {key}": p.grad for key, p in module.named_parameters()} | {"F": inference.energy}
         )
@@ -143,8 +146,9 @@ def test_what_raises_leaves_everything_as_it_was() -> None:
 def test_replayed_steps_are_the_steps(recording: list) -> None:  # noqa: F811
     """The parameters move between calls, and a call of another reduction is recorded by itself."""
     module, rule = MODELS["mlp"].build().double(), pck.Incremental(6, 0.1, 0.05, momentum=0.5)
+    network, plain = (pck.PCNetwork(module, rule, backend=backend) for backend in ("graph", "reference"))
     for reduction in ("mean", "sum"):
-        network, plain = (pck.PCNetwork(module, rule, backend=backend, reduction=reduction) for backend in ("graph", "reference"))
+        network.reduction = plain.reduction = reduction
         for call in range(4):
             torch.manual_seed(call)
             x, target = torch.randn(5, 7).double(), torch.randn(5, 3).double()

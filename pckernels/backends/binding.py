@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pckernels.backends.feedforward import Bound, compute_constants, learning_parameters
+from pckernels.backends.feedforward import Bound, compute_constants
 from pckernels.backends.selection import program_of
 from pckernels.call import Call
 from pckernels.compiler import Compiled, compile_gram
@@ -135,12 +135,10 @@ class Binding:
         return self.call.tensors[name] if self.bound is None else self.bound.weights[name]
 
     def _update(self, learnt: Sequence[Tensor]) -> list[Tensor]:
-        """Give the call's optimizer what each gradient slot has gained, and zeros to what no vertex in the code reads; the weights then."""
-        call, found = self.call, dict(zip(self.code.gradients, learnt, strict=True))
-        parameters = {name: call.tensors[name] for name in learning_parameters(call)}
-        gradients = [found[name] * -call.factor if name in found else torch.zeros_like(p) for name, p in parameters.items()]
+        """Give the call's optimizer what each gradient slot has gained; the weights then."""
+        call = self.call
         assert call.update is not None
-        call.update(list(parameters.values()), gradients)
+        call.update([call.tensors[name] for name in self.code.gradients], [gained * -call.factor for gained in learnt])
         return [self._weight(info) for info in self.code.weights]
 
     # Inputs
