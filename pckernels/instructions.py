@@ -104,6 +104,7 @@ class Activation(enum.IntEnum):
     GELU = 5  #         z Phi(z)
     GELU_TANH = 6  #    its tanh approximation
     HARDTANH = 7  #     min(max(z, f0), f1)
+    SILU = 8  #         z sigmoid(z)
 
 
 class Loss(enum.IntEnum):

@@ -391,6 +391,7 @@ def activate(kind: Activation, f: Sequence[float], z: Tensor) -> Tensor:
         Activation.GELU: lambda: F.gelu(z),
         Activation.GELU_TANH: lambda: F.gelu(z, approximate="tanh"),
         Activation.HARDTANH: lambda: z.clamp(f[0], f[1]),
+        Activation.SILU: lambda: F.silu(z),
     }
     return table[kind]()
 
@@ -406,6 +407,7 @@ def change(kind: Activation, f: Sequence[float], z: Tensor, dz: Tensor) -> Tenso
         Activation.GELU: lambda: _in_double(kind, f, z, dz),
         Activation.GELU_TANH: lambda: _in_double(kind, f, z, dz),
         Activation.HARDTANH: lambda: _hardtanh_change(z, dz, f[0], f[1]),
+        Activation.SILU: lambda: dz * (z + dz).sigmoid() + z * change(Activation.SIGMOID, f, z, dz),
     }
     return table[kind]()
 

@@ -501,6 +501,7 @@ _LOWERED: dict[Any, Callable[[_VertexLowering, fx.Node], Any]] = {
     aten.hardtanh: _hardtanh,
     aten.relu6: _activation(Activation.HARDTANH, 0.0, 6.0),
     aten.gelu: _gelu,
+    aten.silu: _activation(Activation.SILU),
     aten.neg: _activation(Activation.AFFINE, -1.0, 0.0),
     aten.add: _add(1.0),
     aten.sub: _add(-1.0),

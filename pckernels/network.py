@@ -20,7 +20,7 @@ from pckernels.deposit import deposit
 from pckernels.dispatch import Run
 from pckernels.errors import InferenceDiverged, Unsupported
 from pckernels.extra import PREFIX, ExtraParameters
-from pckernels.graph import ComputationGraph, Trace, trace
+from pckernels.graph import ComputationGraph, Trace
 from pckernels.losses import Loss, check_loss
 from pckernels.match import Matched, check_match
 from pckernels.objective import Objective
@@ -28,6 +28,7 @@ from pckernels.placement import check_value_nodes
 from pckernels.precision import Precision, check_precision, is_learned
 from pckernels.rollback import Rollback
 from pckernels.rules import Rule, require_choice
+from pckernels.tracing import trace
 
 _TRACES = 16  # per network; a new training mode, dtype, device or sequence length takes one
 _MISSING = object()

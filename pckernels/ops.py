@@ -43,6 +43,7 @@ ACTIVATIONS = {
     "sigmoid": (Activation.SIGMOID, ()),
     "gelu": (Activation.GELU, ()),
     "hardtanh": (Activation.HARDTANH, (-1.0, 1.0)),
+    "silu": (Activation.SILU, ()),
 }
 
 _numbers: WeakKeyDictionary[Compiled, int] = WeakKeyDictionary()

@@ -71,6 +71,7 @@ def activation_feedback(kind: Activation, f: Sequence[float], g: Tensor, at: Ten
         Activation.GELU: lambda: aten.gelu_backward(g, at),
         Activation.GELU_TANH: lambda: aten.gelu_backward(g, at, approximate="tanh"),
         Activation.HARDTANH: lambda: aten.hardtanh_backward(g, at, f[0], f[1]),
+        Activation.SILU: lambda: aten.silu_backward(g, at),
     }
     return slopes[kind]()
 

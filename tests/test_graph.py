@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import pckernels as pck
-from pckernels.graph import trace
 from pckernels.schedule import light_cone, sweep_groups, time_groups
+from pckernels.tracing import trace
 
 
 def graph_of(module, *inputs, value_nodes="layer", **keywords):

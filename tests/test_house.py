@@ -1,5 +1,6 @@
 """What a fresh clone promises: the commands of the README, one version, a licence, and files that speak of the project alone."""
 
+import ast
 import os
 import re
 import subprocess
@@ -37,11 +38,25 @@ def test_the_commands_of_the_readme_are_commands() -> None:
     assert set(re.findall(r"^pckernels (\w+)", blocks, flags=re.MULTILINE)) == set(COMMANDS)
 
 
-def test_the_python_of_the_readme_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/clamping.md"])
+def test_the_python_of_a_page_runs(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, page, "exec"), {})
+
+
+def test_every_page_with_python_is_run() -> None:
+    pages = {str(path.relative_to(ROOT)) for path in project_files() if path.suffix == ".md" and "```python" in path.read_text("utf-8")}
+    assert pages == {"README.md", "docs/clamping.md"}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [path for path in project_files() if path.suffix == ".md"]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8"))]
+    local = [(page, link) for page, link in links if not link.startswith("http")]
+    assert local
+    assert not [f"{page.relative_to(ROOT)}: {link}" for page, link in local if not (page.parent / link).exists()]
 
 
 def test_the_version_is_written_once() -> None:
@@ -97,6 +112,31 @@ def test_scripts_for_a_gpu_find_what_they_import() -> None:
 def test_files_name_no_path_outside_the_project() -> None:
     found = [f"{path.relative_to(ROOT)}:{n}: {line}" for path in project_files() for n, line in _lines(path) if OUTSIDE.search(line)]
     assert not [entry for entry in found if not entry.startswith("tests/test_house.py")]
+
+
+def test_imports_go_one_way() -> None:
+    """No module needs one that needs it, in functions either: what is below can be read without what is above."""
+    below = {path: _imported(path) for path in (ROOT / "pckernels").rglob("*.py")}
+    while below:
+        ground = [path for path, others in below.items() if not others & below.keys()]
+        assert ground, f"these import each other: {sorted(str(path.relative_to(ROOT)) for path in below)}"
+        for path in ground:
+            del below[path]
+
+
+def _imported(path: Path) -> set[Path]:
+    """The files of the package that a module imports by name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            module = ".".join((*parts, *([node.module] if node.module else [])))
+            names.add(module)
+            names.update(f"{module}.{alias.name}" for alias in node.names)
+    files = {ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names if name.startswith("pckernels.")}
+    return {file for file in files if file.exists() and file != path}
 
 
 def _setup() -> str:

@@ -127,6 +127,7 @@ def activations() -> list[nn.Module]:
         nn.GELU(),
         nn.GELU("tanh"),
         nn.Hardtanh(-0.5, 0.7),
+        nn.SiLU(),
         nn.ReLU6(),
         nn.Identity(),
     ]

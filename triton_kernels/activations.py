@@ -27,6 +27,7 @@ SIGMOID = tl.constexpr(int(Activation.SIGMOID))
 GELU = tl.constexpr(int(Activation.GELU))
 GELU_TANH = tl.constexpr(int(Activation.GELU_TANH))
 HARDTANH = tl.constexpr(int(Activation.HARDTANH))
+SILU = tl.constexpr(int(Activation.SILU))
 
 
 @triton.jit
@@ -49,6 +50,8 @@ def act(kind, z, f0, f1):
         out = z * gelu_gate(z)
     elif kind == HARDTANH:
         out = hardtanh(z, f0, f1)
+    elif kind == SILU:
+        out = z * sigmoid(z)
     return out
 
 
@@ -72,6 +75,8 @@ def act_change(kind, z, dz, m, f0, f1):
         out = gelu_tanh_change(z, dz)
     elif kind == HARDTANH:
         out = hardtanh_change(z, dz, f0, f1)
+    elif kind == SILU:
+        out = silu_change(z, dz)
     return out
 
 
@@ -95,6 +100,8 @@ def act_grad(kind, z, f0, f1):
         out = gelu_tanh_slope(z)
     elif kind == HARDTANH:
         out = tl.where(z > f0, tl.where(z < f1, 1.0, 0.0), 0.0)
+    elif kind == SILU:
+        out = silu_slope(z)
     return out
 
 
@@ -202,6 +209,20 @@ def gelu_inner(z):
 @triton.jit
 def gelu_gate(z):
     return sigmoid(gelu_inner(z))
+
+
+@triton.jit
+def silu_change(z, dz):
+    """z P with P = sigmoid(z): dz (P + dP) + z dP."""
+    before = sigmoid(z)
+    step = sigmoid_change(z, dz, before)
+    return dz * (before + step) + z * step
+
+
+@triton.jit
+def silu_slope(z):
+    p = sigmoid(z)
+    return p + z * (p * (1.0 - p))
 
 
 @triton.jit

@@ -206,6 +206,26 @@ struct Hardtanh : IgnoresValue {
   }
 };
 
+// z P with P = sigmoid(z): f(z + dz) - f(z) = dz (P + dP) + z dP.
+struct Silu : IgnoresValue {
+  PCK_DEVICE explicit Silu(const float*) {}
+  template <class L>
+  PCK_DEVICE L value(L z) const {
+    return z * Sigmoid().value(z);
+  }
+  template <class L>
+  PCK_DEVICE L change(L z, L dz, L) const {
+    const L before = Sigmoid().value(z);
+    const L step = Sigmoid().change(z, dz, before);
+    return dz * (before + step) + z * step;
+  }
+  template <class L>
+  PCK_DEVICE L slope(L z, L) const {
+    const L p = Sigmoid().value(z);
+    return p + z * Sigmoid().slope(z, p);
+  }
+};
+
 // Calls body with the activation of this kind; f holds its parameters.
 template <class Body>
 PCK_DEVICE void with_activation(int kind, const float* f, Body body) {
@@ -218,6 +238,7 @@ PCK_DEVICE void with_activation(int kind, const float* f, Body body) {
     case Activation::GELU: return body(Gelu(f));
     case Activation::GELU_TANH: return body(GeluTanh(f));
     case Activation::HARDTANH: return body(Hardtanh(f));
+    case Activation::SILU: return body(Silu(f));
   }
 }
 

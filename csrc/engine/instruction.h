@@ -41,8 +41,8 @@ enum class Op : std::int32_t {
 };
 constexpr int OPS = 29;
 
-enum class Activation : std::int32_t { AFFINE, RELU, LEAKY_RELU, TANH, SIGMOID, GELU, GELU_TANH, HARDTANH };
-constexpr int ACTIVATIONS = 8;
+enum class Activation : std::int32_t { AFFINE, RELU, LEAKY_RELU, TANH, SIGMOID, GELU, GELU_TANH, HARDTANH, SILU };
+constexpr int ACTIVATIONS = 9;
 
 enum class Loss : std::int32_t { SQUARED_ERROR, CROSS_ENTROPY };
 
