@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pckernels.instructions import ABSENT, Instruction, Op, Phase, is_rowwise
 
 ALIGNMENT = 16  # rows: a kernel may read and write whole vectors of rows, up to the next multiple
+IN_PLACE = (Op.MOVE, Op.MOVE_OR_REST, Op.RELAX, Op.REST)  # they change what `out` holds
 
 
 @dataclass(eq=False)
@@ -58,13 +59,13 @@ class Draft:
         operands = [self.a, self.c] if self.op in (Op.MAXPOOL, Op.MOVE) else [self.a, self.b, self.c]
         operands += [self.b] if self.op is Op.MOVE else []
         operands += [self.d] if self.op is not Op.MAXPOOL_CHANGE else []
-        operands += [self.out] if self.accumulate or self.op in (Op.MOVE, Op.RELAX) else []
+        operands += [self.out] if self.accumulate or self.op in IN_PLACE else []
         return [array for array in operands if array is not None]
 
     @property
     def writes(self) -> list[Array]:
-        extra = {Op.MAXPOOL: self.b, Op.MAXPOOL_CHANGE: self.d, Op.MOVE: self.c}.get(self.op)
-        return [array for array in (self.out, extra) if array is not None]
+        extra = {Op.MAXPOOL: [self.b], Op.MAXPOOL_CHANGE: [self.d], Op.MOVE: [self.c], Op.MOVE_OR_REST: [self.c, self.d]}
+        return [array for array in (self.out, *extra.get(self.op, [])) if array is not None]
 
     @property
     def is_rowwise(self) -> bool:

@@ -57,6 +57,11 @@ class Compiled:
         return found
 
     @cached_property
+    def moves_weights(self) -> bool:
+        """Whether weights move at every step: then the code runs on a copy of them, or with an optimizer."""
+        return any(draft.op is Op.MOVE_WEIGHTS for section in self.sections for draft in section.drafts)
+
+    @cached_property
     def inputs(self) -> list[Place]:
         """The io slots that the code reads, in order."""
         return [place for place in self.io if not place.is_result]
@@ -119,12 +124,8 @@ def compile_steps(
 ) -> Compiled:
     """T steps, one after the other: of the values (predictions follow), of the errors (predictions stay), or of errors that values follow.
 
-    gram: hold displacements in the Gram form where there is one (emitter.Gram).
+    gram: hold displacements in the Gram form where there is one (emitter.Gram). With a tolerance there is none: it is one of displacements.
     """
-    if dynamics.tolerance is not None:
-        raise Unsupported("tolerance= lets each sample rest by itself, which only the reference does")
-    if dynamics.learn_at_each_step:
-        raise Unsupported("weights that move at every step would have to be written inside of the steps, which only the reference does")
     if dynamics.learn_on_arrival:
         raise Unsupported("the literal zero-divergence dynamics run on the levelled graph, which only the reference has")
     steps = steps_on(graph, dynamics.steps)
@@ -134,8 +135,9 @@ def compile_steps(
     for node in program.nodes:
         emitter.feed_forward(node)
         emitter.loss(node, at_start=True)
+    rest = Array(3, "rest") if dynamics.tolerance is not None else None
     if dynamics.moves == "values":
-        _Values(emitter, graph, dynamics, gram).loop(steps)
+        _Values(emitter, graph, dynamics, gram and rest is None, rest).loop(steps)
     elif dynamics.moves == "free_errors":
         _FreeErrors(emitter, graph, dynamics).loop(steps)
     else:
@@ -143,6 +145,8 @@ def compile_steps(
     emitter.section(steps, steps)
     for folded in list(emitter.grams.values()):
         emitter.unfold(folded)
+    if rest is not None:
+        emitter.store_rest(rest)
     _learn_and_store(emitter)
     compiled = _compiled(emitter, steps, dict.fromkeys(_with_errors(emitter), 1.0), carried=True)
     return replace(compiled, program=program, dynamics=dynamics)
@@ -220,8 +224,8 @@ class _Errors:
 class _Values:
     """Gradient descent of F on the values, one group after the other; predictions and errors are refreshed in between."""
 
-    def __init__(self, emitter: Emitter, graph: ComputationGraph, dynamics: Dynamics, gram: bool):
-        self.emitter, self.graph, self.dynamics = emitter, graph, dynamics
+    def __init__(self, emitter: Emitter, graph: ComputationGraph, dynamics: Dynamics, gram: bool, rest: Array | None = None):
+        self.emitter, self.graph, self.dynamics, self.rest = emitter, graph, dynamics, rest
         self.grams = {node.name: found for node in emitter.hidden if gram and (found := emitter.gram(node)) is not None}
         jacobi = dynamics.sweep == "jacobi"
         self.arrives = light_cone(graph) if jacobi else dict.fromkeys((v.name for v in graph.vertices), 0)
@@ -241,6 +245,9 @@ class _Values:
             nodes = [self.emitter.nodes[name] for name in group]
             self._move(nodes)
             self._refresh(nodes)
+        if self.rest is not None and self.dynamics.tolerance is not None:
+            self.emitter.first = 0
+            self.emitter.emit(Draft(Op.REST, self.rest, n=self.rest.n, f=(self.dynamics.tolerance,)))
         for node in self.emitter.hidden:
             self.emitter.first = self.arrives[node.name]
             gram = self.grams.get(node.name)
@@ -261,9 +268,8 @@ class _Values:
                 state = error = self.grams[node.name].state
                 fed = emitter.fed[node.name]
                 written.add(fed)
-            emitter.emit(
-                Draft(Op.MOVE, state, error, fed if fed in written else None, self.velocities.get(node.name), n=state.n, f=factors)
-            )
+            operands = (state, error, fed if fed in written else None, self.velocities.get(node.name), self.rest)
+            emitter.emit(Draft(Op.MOVE if self.rest is None else Op.MOVE_OR_REST, *operands, n=state.n, f=factors))
 
     def _refresh(self, group: Iterable[Node]) -> None:
         emitter, moved = self.emitter, {node.name for node in group}

@@ -19,8 +19,8 @@ from pckernels.stages import Operands
 class Place:
     """What an io slot stands for: n numbers for each sample.
 
-    kind: "input", "external" (a prediction computed outside), "target", "losses", "value", "error", "x" and "g" (inputs and errors of
-    products, for their weights).
+    kind: "input", "external" (a prediction computed outside), "target", "losses", "value", "error", "rest" (see Op.MOVE_OR_REST), "x" and
+    "g" (inputs and errors of products, for their weights).
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Place:
     @property
     def is_kept(self) -> bool:
         """Whether the run's outcome needs it."""
-        return self.kind in ("losses", "value", "error")
+        return self.kind in ("losses", "value", "error", "rest")
 
 
 @dataclass(frozen=True)
@@ -373,6 +373,10 @@ class Emitter:
             slot = self.place("x", str(buffer), size)
             self.emit(Draft(Op.STORE, a=self.base(buffer), b=self.change(buffer), n=size, slot=slot, p=(size, 0)))
         return self.place("x", str(buffer), size), size, 0
+
+    def store_rest(self, rest: Array) -> None:
+        """Keep which samples rest, and since when."""
+        self.emit(Draft(Op.STORE, a=rest, n=rest.n, slot=self.place("rest", "", rest.n), p=(rest.n, 0)))
 
     def store_error(self, node: Node, error: Array) -> int:
         """Keep a node's error for whoever asks."""

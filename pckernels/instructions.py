@@ -78,6 +78,13 @@ class Op(enum.IntEnum):
     # Between the blocks of a cluster, which have an arena each (sharding.py); nothing where there is one.
     MEET = 27  #         all threads of all blocks
     GATHER = 28  #       n rows from out on, of positions of p0 rows from row a on: each block copies those that it does not own
+    # Of the graph tier alone: the engines do not know them.
+    # Where each sample rests by itself, it has three rows: 1 once it rests, how far it has gone in this step, and the steps that it took.
+    MOVE_OR_REST = 29  # as MOVE, but by f0 velocity = 0 where d[0] = 1; d[1] = max(d[1], |f0 velocity| over the n rows)
+    REST = 30  #         ends a step: out[2] += 1 - out[0]; out[0] = 1 unless out[1] > f0; out[1] = 0
+    # Where weights move at every step: a copy of those that learn, or by an optimizer the parameters themselves.
+    LINEAR_LEARN = 31  # gradients[slot] (N, K) += f0 sum over samples and positions of a (p0, N) b (p0, K): p as LINEAR
+    MOVE_WEIGHTS = 32  # every weight that learns += f0 / divisor * what its gradient has gained since the last time
 
 
 # Row by row: what happens to a row of n depends on the same row of every operand. A team shares out n rows in one way only, so that of two

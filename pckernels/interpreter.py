@@ -7,13 +7,14 @@ backend and the engine. Slow, and meant to be read beside instructions.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from pckernels.instructions import ABSENT, Activation, Code, Instruction, Loss
+from pckernels.instructions import ABSENT, Activation, Code, Instruction, Loss, Op
 from pckernels.memory import Memory, Packed
 
 
@@ -29,6 +30,8 @@ def execute(
         factor: what every gradient is multiplied by.
         watch: called after each instruction with it and t.
     """
+    if any(instruction.op is Op.MOVE_WEIGHTS for instruction in code.instructions):
+        memory = replace(memory, weights=[weight.clone() for weight in memory.weights])
     machine = Machine(code, memory, batch)
     for tensor in (*memory.gradients, memory.energies):
         tensor.zero_()
@@ -63,6 +66,7 @@ class Machine:
         self.dtype = next((tensor.dtype for tensor in memory.io if tensor.is_floating_point()), torch.float32)
         self.arena = torch.full((code.rows, batch), float("nan"), dtype=self.dtype)
         self.where = torch.zeros(code.rows, batch, dtype=torch.int64)  # int32 rows of a kernel: positions of maxima
+        self.learnt = [torch.zeros_like(gradient) for gradient in memory.gradients]  # what MOVE_WEIGHTS has seen of them
 
     def run(self, i: Instruction, t: int) -> None:
         getattr(self, f"_{i.op.name.lower()}")(i, t)
@@ -226,12 +230,15 @@ class Machine:
         self.put(i, self.rows(i.a, i.n) - self.rows(i.b, i.n))
 
     def _move(self, i: Instruction, t: int) -> None:
-        rate, momentum, precision = i.f
+        self.rows(i.out, i.n).add_(i.f[0] * self._velocity(i))
+
+    def _velocity(self, i: Instruction) -> Tensor:
+        _, momentum, precision = i.f
         velocity = self.rows(i.b, i.n) - precision * self.rows(i.a, i.n)
         if i.c != ABSENT:
             velocity = momentum * self.rows(i.c, i.n) + velocity
             self.rows(i.c, i.n).copy_(velocity)
-        self.rows(i.out, i.n).add_(rate * velocity)
+        return velocity
 
     def _relax(self, i: Instruction, t: int) -> None:
         error = self.rows(i.out, i.n)
@@ -251,6 +258,34 @@ class Machine:
         with torch.enable_grad():
             (part,) = torch.autograd.grad(F.conv2d(x, leaf, None, *shape.settings), leaf, self.samples(i.a, shape.output))
         gradient.add_(i.f[0] * part.reshape(gradient.shape))
+
+    def _linear_learn(self, i: Instruction, t: int) -> None:
+        positions, inputs, outputs = i.p[:3]
+        g, x = self.rows(i.a, positions * outputs), self.rows(i.b, positions * inputs)
+        part = torch.einsum("pnb,pkb->nk", g.reshape(positions, outputs, -1), x.reshape(positions, inputs, -1))
+        gradient = self.memory.gradients[i.slot]
+        gradient.add_(i.f[0] * part.reshape(gradient.shape))
+
+    def _move_weights(self, i: Instruction, t: int) -> None:
+        assert isinstance(self.memory, Packed)
+        weights = dict(zip((info.name for info in self.memory.code.weights), self.memory.weights, strict=True))
+        for name, gradient, known in zip(self.memory.code.gradients, self.memory.gradients, self.learnt, strict=True):
+            weights[name].add_((gradient - known).view_as(weights[name]), alpha=i.f[0] / self.memory.divisor)
+            known.copy_(gradient)
+
+    # Samples that rest
+
+    def _move_or_rest(self, i: Instruction, t: int) -> None:
+        rests, farthest, _ = self.rows(i.d, 3)
+        step = torch.where(rests == 0, i.f[0] * self._velocity(i), 0.0)
+        self.put(i, self.rows(i.out, i.n) + step)
+        farthest.copy_(torch.maximum(farthest, step.abs().amax(0)))
+
+    def _rest(self, i: Instruction, t: int) -> None:
+        rests, farthest, steps = self.rows(i.out, 3)
+        steps.add_(1 - rests)
+        rests.copy_(~(farthest > i.f[0]))
+        farthest.zero_()
 
     def _sum_learn(self, i: Instruction, t: int) -> None:
         before, size, after = i.p[:3]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +29,9 @@ class Packed:
     Attributes:
         inputs: what the code reads beside the weights, in the order of its io slots.
         kept, scratch: of `batch * code.kept_size` and `batch * code.scratch_size` elements; see Compiled.places.
+        divisor: of the rate of weights that move at every step.
+        update: moves the parameters themselves, in place of a copy of the weights: takes what each gradient slot has gained in a step and
+            returns the weights as they are then.
     """
 
     code: Compiled
@@ -39,6 +42,8 @@ class Packed:
     scratch: Tensor
     gradients: Sequence[Tensor]
     energies: Tensor
+    divisor: int = 1
+    update: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
 
     @property
     def written(self) -> list[Tensor]:

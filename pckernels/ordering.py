@@ -11,6 +11,9 @@ from collections.abc import Hashable, Sequence
 from pckernels.arena import Draft, Section, atoms
 from pckernels.instructions import ABSENT, Op
 
+_WEIGHTS = "weights"
+_READ_WEIGHTS = (Op.LINEAR, Op.LINEAR_T, Op.CONV, Op.CONV_T)
+
 
 def order_loops(sections: Sequence[Section]) -> None:
     """Put the drafts of the sections that are run again and again into a better order."""
@@ -84,7 +87,7 @@ def dependences(drafts: Sequence[Draft]) -> list[set[int]]:
     writer: dict[Hashable, int] = {}
     readers: dict[Hashable, list[int]] = defaultdict(list)
     for k, draft in enumerate(drafts):
-        reads: list[Hashable] = [*atoms(draft.reads)]
+        reads: list[Hashable] = [*atoms(draft.reads), *([_WEIGHTS] if draft.op in _READ_WEIGHTS else [])]
         writes: list[Hashable] = [*atoms(draft.writes), *_outside(draft)]
         before = {writer[place] for place in (*reads, *writes) if place in writer}
         before.update(j for place in writes for j in readers[place])
@@ -100,6 +103,8 @@ def _outside(draft: Draft) -> list[Hashable]:
     """What a draft writes outside the arena."""
     if draft.op in (Op.LOSS, Op.NORM):
         return [("energy", draft.slot), *([("io", draft.slot2)] if draft.slot2 != ABSENT else [])]
-    if draft.op in (Op.CONV_LEARN, Op.SUM_LEARN):
+    if draft.op in (Op.CONV_LEARN, Op.SUM_LEARN, Op.LINEAR_LEARN):
         return [("gradient", draft.slot)]
+    if draft.op is Op.MOVE_WEIGHTS:
+        return [_WEIGHTS, *(("gradient", slot) for slot in range(draft.n))]
     return [("io", draft.slot)] if draft.op is Op.STORE else []

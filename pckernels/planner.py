@@ -209,7 +209,7 @@ def _refusal(choice: Choice) -> str:
     return (
         f"{_samples(choice.lanes)} in a block {'needs' if choice.lanes == 1 else 'need'} {_kib(needs)} of shared memory and a block of "
         f"this GPU (sm_{limits.architecture}) has {_kib(limits.shared_bytes)}, {_kib(needs - limits.shared_bytes)} too little; a program "
-        "of this size needs its state in device memory, which the reference backend has and a graph tier would"
+        'of this size needs its state in device memory: use backend="graph", or the reference'
     )
 
 

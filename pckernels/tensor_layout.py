@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pckernels.arena import Array, Draft, Section, carried
+from pckernels.arena import IN_PLACE, Array, Draft, Section, carried
 from pckernels.compiler import Compiled
 from pckernels.instructions import Op
 
-_IN_PLACE = (Op.COPY, Op.MOVE, Op.RELAX)  # they write parts of an array, or change what is there
-
-
+_IN_PLACE = (Op.COPY, *IN_PLACE)  # they write parts of an array, or change what is there
 _CHANGES = (Op.ACT_CHANGE, Op.MAXPOOL_CHANGE)
 
 
@@ -48,11 +46,13 @@ class Layout:
             reads from outside of it, and what is written part by part.
         places: those of them that hold places of maxima, which are small integers.
         stages: in order.
+        rest: which samples rest, where they do so by themselves.
     """
 
     held: frozenset[Array]
     places: frozenset[Array]
     stages: tuple[Stage, ...]
+    rest: Array | None = None
 
     @property
     def launches(self) -> int:
@@ -68,7 +68,8 @@ def layout(compiled: Compiled) -> Layout:
     held = _held(sections)
     places = {array for draft in drafts for array in (_places(draft),) if array is not None}
     stages = [stage for k, section in enumerate(sections) for stage in _stages(section, held, _roots(sections[k + 1 :]))]
-    return Layout(frozenset(held), frozenset(places), tuple(stages))
+    rest = next((draft.out for draft in drafts if draft.op is Op.REST), None)
+    return Layout(frozenset(held), frozenset(places), tuple(stages), rest)
 
 
 def _places(draft: Draft) -> Array | None:

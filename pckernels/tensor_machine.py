@@ -6,7 +6,7 @@ and merged products are in the code already; what is left to save is the launche
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -18,7 +18,7 @@ from pckernels.compiler import Compiled
 from pckernels.instructions import ABSENT, Activation, Loss, Op
 from pckernels.interpreter import ConvShape, PoolShape, activate
 from pckernels.memory import Packed
-from pckernels.products import multiply
+from pckernels.products import multiply, outer_products
 from pckernels.tensor_layout import Layout, Stage
 
 conv_shape, pool_shape = lru_cache(maxsize=256)(ConvShape), lru_cache(maxsize=256)(PoolShape)  # the same at every step
@@ -42,18 +42,35 @@ class Machine:
         self.clock = torch.zeros(1, dtype=torch.int64, device=like.device)  # t, which a replayed step must find on the device
         self.energies = torch.zeros(self.code.steps + 1, self.code.energies, dtype=torch.float64, device=like.device)
         self.constants: dict[int, tuple[Tensor, ...]] = {}  # of a draft, by its id: what it needs of arrays that the loop leaves alone
+        places = {info.name: place for place, info in enumerate(compiled.weights)}
+        self.learning = [places[name] for name in compiled.gradients] if compiled.moves_weights else []  # by gradient slot
+        self.copies = [] if memory.update else [torch.empty_like(memory.weights[place]) for place in self.learning]
+        self.totals = [torch.zeros_like(copy) for copy in self.copies]  # of their gradients
         self.bind(memory)
 
     def bind(self, memory: Packed) -> None:
         """Start a call: nothing has been computed."""
         self.memory = memory
-        self.weights = [weight.view(shape) for weight, shape in zip(memory.weights, self.shapes, strict=True)]
+        weights = list(memory.weights)
+        for place, copy, total in zip(self.learning, self.copies, self.totals, strict=False):
+            weights[place] = copy.copy_(weights[place])
+            total.zero_()
+        self.read(weights)
         self.io = [tensor.reshape(self.batch, -1) if self.batch else tensor for tensor in memory.io]
         self.tensors: dict[Array, Tensor] = dict(self.held)
         self.known: set[int] = set()  # constants of this call
         self.energies.zero_()
         for gradient in memory.gradients:
             gradient.zero_()
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What steps change."""
+        return [*self.held.values(), *self.copies, *self.totals, self.clock, self.energies]
+
+    def read(self, weights: Sequence[Tensor]) -> None:
+        """Multiply by these from now on."""
+        self.weights = [weight.view(shape) for weight, shape in zip(weights, self.shapes, strict=True)]
 
     def start(self, stage: Stage) -> None:
         """Set the clock to the stage's first step, and compute what holds for all of its steps."""
@@ -72,6 +89,7 @@ class Machine:
     def step(self, stage: Stage) -> None:
         """One step of a stage."""
         self.sums: dict[int, Tensor] = {}  # by slot; of two in one step, as sweeps in groups have them, the later counts
+        self.learnt: dict[int, Tensor] = {}  # by gradient slot, of weights that move at every step
         for draft, dying in zip(stage.drafts, stage.deaths, strict=True):
             _RUN[draft.op](self, draft)
             for array in dying:
@@ -79,6 +97,12 @@ class Machine:
         if self.sums:
             self._put_sums()
         self.clock.add_(1)
+
+    @property
+    def rests(self) -> bool:
+        """Whether every sample does. A look that waits for the device."""
+        rest = self.layout.rest
+        return rest is not None and bool(self.get(rest)[:, 0].all())
 
     def _put_sums(self) -> None:
         slots = sorted(self.sums)
@@ -90,6 +114,8 @@ class Machine:
     def finish(self, factor: float) -> None:
         """Local updates that are outer products, the factor, and the energies: the end of a call."""
         self._learn()
+        for gradient, total in zip(self.memory.gradients, self.totals, strict=False):
+            gradient.copy_(total)
         for gradient in self.memory.gradients:
             gradient.mul_(factor)
         self.memory.energies.copy_(self.energies)
@@ -105,6 +131,16 @@ class Machine:
                 gradient.addmm_(g.t(), x, alpha=product.coefficient)
             if product.bias != ABSENT:
                 self.memory.gradients[product.bias].view(-1).add_(g.sum(0), alpha=product.coefficient)
+
+    def learn(self, slot: int, part: Tensor, factor: float = 1.0) -> None:
+        """Add to a gradient, whose shape `part` takes; where weights move at every step, to that of this step."""
+        gradient = self.memory.gradients[slot]
+        if not self.learning:
+            gradient.add_(part.view_as(gradient), alpha=factor)
+        elif slot in self.learnt:
+            self.learnt[slot].add_(part.view_as(gradient), alpha=factor)
+        else:
+            self.learnt[slot] = part.view_as(gradient) * factor if factor != 1.0 else part.view_as(gradient)
 
     # Arrays
 
@@ -323,14 +359,34 @@ def _error(m: Machine, i: Draft) -> None:
 
 
 def _move(m: Machine, i: Draft) -> None:
-    """velocity = momentum velocity + (feedback - precision error); value += rate velocity."""
-    rate, momentum, precision = i.f
-    assert i.out is not None and i.a is not None
-    target, error, feedback = m.get(i.out), m.get(i.a), m.maybe(i.b)
+    """value += rate velocity."""
+    assert i.out is not None
+    m.get(i.out).add_(_velocity(m, i), alpha=i.f[0])
+
+
+def _velocity(m: Machine, i: Draft) -> Tensor:
+    """velocity = momentum velocity + (feedback - precision error)."""
+    _, momentum, precision = i.f
+    assert i.a is not None
+    error, feedback = m.get(i.a), m.maybe(i.b)
     drive = error * -precision if feedback is None else torch.sub(feedback, error, alpha=precision)
-    if i.c is not None:
-        drive = m.get(i.c).mul_(momentum).add_(drive)
-    target.add_(drive, alpha=rate)
+    return drive if i.c is None else m.get(i.c).mul_(momentum).add_(drive)
+
+
+def _move_or_rest(m: Machine, i: Draft) -> None:
+    assert i.out is not None and i.d is not None
+    rests, farthest, _ = m.get(i.d).split(1, 1)
+    step = torch.where(rests == 0.0, _velocity(m, i) * i.f[0], 0.0)
+    m.get(i.out).add_(step)
+    farthest.copy_(torch.maximum(farthest, step.abs().amax(1, keepdim=True)))
+
+
+def _rest(m: Machine, i: Draft) -> None:
+    assert i.out is not None
+    rests, farthest, steps = m.get(i.out).split(1, 1)
+    steps.add_(1.0 - rests)
+    rests.copy_(~(farthest > i.f[0]))
+    farthest.zero_()
 
 
 def _relax(m: Machine, i: Draft) -> None:
@@ -354,14 +410,28 @@ def _norm(m: Machine, i: Draft) -> None:
 def _conv_learn(m: Machine, i: Draft) -> None:
     assert i.a is not None and i.b is not None
     x = m.get(i.b) if i.c is None else m.get(i.b) + m.get(i.c)
-    gradient = m.memory.gradients[i.slot]
-    gradient.add_(operations.convolution_update(conv_shape(i.p), m.get(i.a), x).view_as(gradient), alpha=i.f[0])
+    m.learn(i.slot, operations.convolution_update(conv_shape(i.p), m.get(i.a), x), i.f[0])
 
 
 def _sum_learn(m: Machine, i: Draft) -> None:
     assert i.a is not None
-    gradient, parts = m.memory.gradients[i.slot], m.get(i.a).reshape(m.batch, i.p[0], i.p[1], i.p[2])
-    gradient.add_(parts.sum((0, 1, 3)).view_as(gradient), alpha=i.f[0])
+    m.learn(i.slot, m.get(i.a).reshape(m.batch, i.p[0], i.p[1], i.p[2]).sum((0, 1, 3)), i.f[0])
+
+
+def _linear_learn(m: Machine, i: Draft) -> None:
+    assert i.a is not None and i.b is not None
+    positions, inputs, outputs = i.p[:3]
+    g, x = m.get(i.a).reshape(m.batch * positions, outputs), m.get(i.b).reshape(m.batch * positions, inputs)
+    m.learn(i.slot, outer_products(g, x, i.f[0]))
+
+
+def _move_weights(m: Machine, i: Draft) -> None:
+    learnt = [m.learnt[slot] for slot in range(i.n)]
+    if m.memory.update is not None:
+        m.read(m.memory.update(learnt))
+    elif learnt:
+        torch._foreach_add_(m.totals, learnt)
+        torch._foreach_add_(m.copies, learnt, alpha=i.f[0] / m.memory.divisor)
 
 
 _RUN: dict[Op, Callable[[Machine, Draft], None]] = {
@@ -388,10 +458,14 @@ _RUN: dict[Op, Callable[[Machine, Draft], None]] = {
     Op.LOSS: _loss,
     Op.ERROR: _error,
     Op.MOVE: _move,
+    Op.MOVE_OR_REST: _move_or_rest,
+    Op.REST: _rest,
     Op.RELAX: _relax,
     Op.NORM: _norm,
     Op.CONV_LEARN: _conv_learn,
     Op.SUM_LEARN: _sum_learn,
+    Op.LINEAR_LEARN: _linear_learn,
+    Op.MOVE_WEIGHTS: _move_weights,
 }
 
 _CONSTANTS: dict[Op, Callable[[Machine, Draft], tuple[Tensor, ...]]] = {

@@ -88,7 +88,7 @@ class Recorder:
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         machine = next(iter(reversed(graph._recordings.values()))).machine
-        state = [*machine.held.values(), machine.clock, machine.energies]
+        state = machine.state
         before = [tensor.clone() for tensor in state]
         recorded = Recorded()
         with recorded:
@@ -189,13 +189,10 @@ def test_memory_does_not_grow_with_the_steps(name: str, monkeypatch: pytest.Monk
 
 def test_what_it_refuses() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    for dtype, rule, reason in (
-        (torch.bfloat16, pck.Strict(2, 0.1), "it runs float32 or float64, one of them at a time; this call has torch.bfloat16"),
-        (torch.float32, pck.Strict(2, 0.1, tolerance=0.1), "tolerance="),
-    ):
-        network = pck.PCNetwork(module.to(dtype), rule, backend="graph")
-        with pytest.raises(pck.Unsupported, match=f"The graph backend cannot run this call: .*{reason}"):
-            network.backward(torch.randn(2, 3, dtype=dtype), torch.randn(2, 2, dtype=dtype))
+    network = pck.PCNetwork(module.to(torch.bfloat16), pck.Strict(2, 0.1), backend="graph")
+    reason = "it runs float32 or float64, one of them at a time; this call has torch.bfloat16"
+    with pytest.raises(pck.Unsupported, match=f"The graph backend cannot run this call: {reason}"):
+        network.backward(torch.randn(2, 3, dtype=torch.bfloat16), torch.randn(2, 2, dtype=torch.bfloat16))
 
 
 # Pooling, whose windows have a short way where they lie side by side

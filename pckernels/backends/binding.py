@@ -6,7 +6,7 @@ parents are all clamped and whose operations have no stage, such as an embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -100,6 +100,8 @@ class Binding:
             self.new(batch * code.scratch_size),
             [self.new(*self._parameter(name).shape) for name in code.gradients],
             self.new(code.code.steps + 1, code.code.energies, dtype=torch.float64),
+            self.call.divisor,
+            None if self.call.update is None else self._update,
         )
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -131,6 +133,13 @@ class Binding:
 
     def _parameter(self, name: str) -> Tensor:
         return self.call.tensors[name] if self.bound is None else self.bound.weights[name]
+
+    def _update(self, learnt: Sequence[Tensor]) -> list[Tensor]:
+        """Give the call's optimizer what each gradient slot has gained; the weights then."""
+        call = self.call
+        assert call.update is not None
+        call.update([call.tensors[name] for name in self.code.gradients], [gained * -call.factor for gained in learnt])
+        return [self._weight(info) for info in self.code.weights]
 
     # Inputs
 

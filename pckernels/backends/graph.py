@@ -98,12 +98,12 @@ def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> No
     """Run code over float32 or float64 tensors of one device."""
     device = memory.kept.device
     with _precisely(device):
-        if compiled.sections and replay.can_record(device):
+        if compiled.sections and memory.update is None and replay.can_record(device):
             _execute_recorded(compiled, memory, batch, factor)
         else:
             found = layout(compiled)
             machine = Machine(compiled, found, memory, batch)
-            _run_stages(machine, found, lambda stage: lambda: machine.step(stage))
+            _run_stages(machine, found, lambda stage: lambda: machine.step(stage), stops_early=device.type == "cpu")
             machine.finish(factor)
 
 
@@ -115,12 +115,20 @@ def _precisely(device: torch.device) -> AbstractContextManager[Any]:
     return cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def _run_stages(machine: Machine, found: Layout, step_of: Callable[[Stage], Step]) -> None:
+def _run_stages(machine: Machine, found: Layout, step_of: Callable[[Stage], Step], stops_early: bool = False) -> None:
+    """stops_early: look after each step whether every sample rests. On a GPU a look costs more than the steps that it saves: there what
+    rests stands still."""
+    rests = False
     for stage in found.stages:
+        if rests and stage.repeats:
+            continue
         machine.start(stage)
         step = step_of(stage)
         for _ in range(stage.first, stage.last + 1):
             step()
+            rests = stops_early and stage.repeats and machine.rests
+            if rests:
+                break
 
 
 def _execute_recorded(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
@@ -141,7 +149,7 @@ def _execute_recorded(compiled: Compiled, memory: Packed, batch: int, factor: fl
 
 def _recording_of(compiled: Compiled, memory: Packed, batch: int) -> _Recording:
     weights = tuple(weight.data_ptr() for weight in memory.weights)  # a replay reads them where they were
-    key = (compiled, batch, memory.kept.dtype, memory.kept.device, weights)
+    key = (compiled, batch, memory.kept.dtype, memory.kept.device, weights, memory.divisor)
     found = _recordings.get(key)
     if found is None:
         found = _recordings[key] = _Recording(Machine(compiled, layout(compiled), memory, batch))

@@ -81,11 +81,13 @@ class _Results:
             losses=losses,
             values=Lazy(self._values),
             errors=Lazy(self._errors),
-            energy=Lazy(lambda: self._trajectory().to(losses.dtype)) if self.code.carried else Lazy(self._energy_of_sweep(losses)),
+            energy=Lazy(lambda: self._course(self._trajectory()).to(losses.dtype))
+            if self.code.carried
+            else Lazy(self._energy_of_sweep(losses)),
             good=good,
             complaint=lambda: complaint(self._feed_forward(), self.call.dynamics, self._trajectory(), self._errors(), divergence()),
-            plan=_plan(self.code, self.call.dynamics),
-            gradients=self._gradients(gradients) if self.call.learn else {},
+            plan=_plan(self.code, self.call.dynamics, self.call.update is not None),
+            gradients=self._gradients(gradients) if self.call.learn and self.call.update is None else {},  # an optimizer has had them
         )
 
     def _losses(self) -> Tensor:
@@ -96,8 +98,18 @@ class _Results:
     def _trajectory(self) -> Tensor:
         return energies.trajectory(self.energies, self.code.still)
 
+    def _course(self, trajectory: Tensor) -> Tensor:
+        """(steps + 1,), of the steps up to that after which every sample rested. To look is to wait for the device."""
+        if ("rest", "") not in self.code.slots:
+            return trajectory
+        steps = self._result("rest", "").view(-1, 3)[:, 2]
+        last = int(steps.max()) if self.binding.batch else 1  # no samples rest after a step
+        return trajectory[: last + 1]
+
     def _feed_forward(self) -> dict[str, Tensor]:
-        """The feed-forward predictions, which the call has not kept."""
+        """The feed-forward predictions, which the call has not kept; none where its optimizer has moved the parameters since."""
+        if self.call.update is not None:
+            return {}
         return run(replace(self.call, objective=None, learn=False, memo={}), self.binding.execute).values()
 
     def _result(self, kind: str, name: str) -> Tensor:
@@ -153,14 +165,17 @@ class _Results:
 
 
 @lru_cache(maxsize=256)
-def _plan(code: Compiled, dynamics: Dynamics) -> str:
+def _plan(code: Compiled, dynamics: Dynamics, by_optimizer: bool) -> str:
     kind = {"values": "strict dynamics", "errors": "fixed prediction", "free_errors": "error optimisation"}[dynamics.moves]
     if dynamics.is_nudged:
         kind = f"{kind}, nudged by {dynamics.nudges[0]:+g}"
+    if dynamics.learn_at_each_step:
+        who = "the weights, by the optimizer," if by_optimizer else "a copy of the weights"
+        kind = f"incremental, values and {who} together"
     if dynamics.closed_form:
         what = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else f"{kind} in closed form, one backward sweep"
     else:
-        what = f"{kind}, {code.code.steps} steps"
+        what = f"{kind}, {code.code.steps} steps{'' if dynamics.tolerance is None else ' at most'}"
     order = ", one time step after the other" if dynamics.nested else ""
     return (
         f"{what}{order}: {len(code.code.instructions)} instructions over {code.code.energies} vertices, {code.code.rows} numbers a sample"

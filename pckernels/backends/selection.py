@@ -16,6 +16,7 @@ from pckernels.compiler import Compiled, compile_feed_forward, compile_steps, co
 from pckernels.emitter import Objective
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph, Trace
+from pckernels.incremental_compiler import compile_incremental
 from pckernels.instructions import Loss
 from pckernels.lowering import lower
 from pckernels.objective import Objective as Target
@@ -55,6 +56,8 @@ def compiled(
             return compile_feed_forward(program)
         if dynamics.closed_form:
             return compile_sweep(program, graph, make_plan(graph, dynamics, closed_form.plan_dtype(graph)), dict(objectives), learning)
+        if dynamics.learn_at_each_step:
+            return compile_incremental(program, graph, dynamics, dict(objectives), learning)
         return compile_steps(program, graph, dynamics, dict(objectives), learning, gram)
     except Unsupported as error:
         return str(error)
@@ -99,7 +102,16 @@ def refusal_in_float32(call: Call) -> str | None:
     """Why no backend that computes in float32 can run a call, or None."""
     if not is_float32(call.trace.graph):
         return "it runs float32; a vertex of this graph has another dtype"
-    return refusal(call)
+    return refusal(call) or _refusal_on_chip(call)
+
+
+def _refusal_on_chip(call: Call) -> str | None:
+    """What only backends do that look at their tensors between steps."""
+    if call.objective is not None and call.dynamics.tolerance is not None:
+        return 'tolerance= lets each sample rest by itself, which backend="graph" does, and the reference'
+    if call.objective is not None and call.dynamics.learn_at_each_step:
+        return 'weights that move at every step are written inside of the steps, which backend="graph" does, and the reference'
+    return None
 
 
 def refusal(call: Call) -> str | None:
@@ -198,7 +210,7 @@ def _objectives(graph: ComputationGraph, loss: str, outputs: tuple[str, ...]) ->
 
 def _learning(call: Call) -> frozenset[str]:
     """The weights that stages read whose gradients are wanted: parameters, and functions of parameters."""
-    if not call.learn:
+    if not (call.learn or call.dynamics.learn_at_each_step):
         return frozenset()
     tensors = call.tensors
     return _with_functions(call.trace.graph, tuple([name for name in call.trace.parameters if tensors[name].requires_grad]))
