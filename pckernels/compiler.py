@@ -13,6 +13,7 @@ from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
 from pckernels.instructions import ABSENT, Code, Op, OuterProduct
 from pckernels.program import Node, Program, WeightInfo
+from pckernels.returns import Way
 from pckernels.rules import Dynamics
 from pckernels.schedule import error_groups, light_cone, steps_on, sweep_groups
 
@@ -30,6 +31,7 @@ class Compiled:
         carried: whether energies are those of the steps; otherwise they are ||delta||^2 of each node, once.
         still: energy slots of losses that the steps do not move: they are known from the start.
         program, dynamics: what the steps were compiled from, for kernels that run a whole model by themselves; None of other code.
+        weighed: nodes whose error counts times a factor that the call brings; of a sweep, whose stored error is the delta then.
         sections: the code before its arrays had rows in an arena, for what keeps each array in a tensor of its own.
     """
 
@@ -43,6 +45,7 @@ class Compiled:
     lengths: dict[str, set[int]] = field(default_factory=dict)
     program: Program | None = None
     dynamics: Dynamics | None = None
+    weighed: frozenset[str] = frozenset()
     sections: tuple[Section, ...] = ()
 
     @cached_property
@@ -89,7 +92,7 @@ class Compiled:
     @cached_property
     def gradient_sizes(self) -> list[int]:
         """Elements of each gradient slot."""
-        sizes = {info.name: info.outputs * info.inputs for info in self.weights if not info.gram}
+        sizes = {info.name: info.outputs * info.inputs for info in self.weights if not info.gram and not info.backward}
         return [sizes[name] for name in self.gradients]
 
 
@@ -121,20 +124,23 @@ def compile_steps(
     objectives: Mapping[str, Objective],
     learning: frozenset[str],
     gram: bool = False,
+    weighed: frozenset[str] = frozenset(),
 ) -> Compiled:
     """T steps, one after the other: of the values (predictions follow), of the errors (predictions stay), or of errors that values follow.
 
     gram: hold displacements in the Gram form where there is one (emitter.Gram). With a tolerance there is none: it is one of displacements.
+    weighed: nodes with a precision, which a call brings.
     """
     if dynamics.learn_on_arrival:
         raise Unsupported("the literal zero-divergence dynamics run on the levelled graph, which only the reference has")
     steps = steps_on(graph, dynamics.steps)
     (nudge,) = dynamics.nudges  # of several, each is a run of its own: see phases in backends/selection.py
-    emitter = Emitter(program, objectives, learning, live=dynamics.moves != "errors", nudge=nudge)
+    emitter = Emitter(program, objectives, learning, dynamics.moves != "errors", nudge, Way.of(dynamics), weighed)
     emitter.section(0, 0)
     for node in program.nodes:
         emitter.feed_forward(node)
         emitter.loss(node, at_start=True)
+    emitter.load_factors()
     rest = Array(3, "rest") if dynamics.tolerance is not None else None
     if dynamics.moves == "values":
         _Values(emitter, graph, dynamics, gram and rest is None, rest).loop(steps)
@@ -159,7 +165,7 @@ def _learn_and_store(emitter: Emitter) -> None:
     for node in emitter.program.nodes:
         if node.name in names:
             emitter.store_error(node, emitter.errors[node.name])
-            emitter.feedback(node, emitter.errors[node.name], {}, set(), learn=True)
+            emitter.feedback(node, emitter.sent[node.name], {}, set(), learn=True)
 
 
 def _with_errors(emitter: Emitter) -> set[str]:
@@ -172,7 +178,7 @@ def _compiled(emitter: Emitter, steps: int, coefficients: dict[str, float], carr
     outputs = (emitter.nodes[name] for name in emitter.objectives)
     still = tuple(emitter.energy_slots[node.name] for node in outputs if node.prediction not in emitter.moving)
     weights, gradients, sections = tuple(emitter.weights), tuple(emitter.gradients), tuple(emitter.sections)
-    return Compiled(code, weights, io, gradients, coefficients, carried, still, sections=sections)
+    return Compiled(code, weights, io, gradients, coefficients, carried, still, weighed=emitter.weighed, sections=sections)
 
 
 def _feedback(emitter: Emitter, sinks: Mapping[int, Array], arrives: Mapping[str, int]) -> set[Array]:
@@ -191,12 +197,12 @@ def _feedback(emitter: Emitter, sinks: Mapping[int, Array], arrives: Mapping[str
             written.add(sink)
     for child in children:
         emitter.first = arrives[child.name] + 1
-        emitter.feedback(child, emitter.errors[child.name], sinks, written)
+        emitter.feedback(child, emitter.sent[child.name], sinks, written)
     return written
 
 
 class _Errors:
-    """Fixed prediction: eps_i <- (1 - rate) eps_i + rate * feedback, all of a group at once."""
+    """Fixed prediction: eps_i <- (1 - rate pi_i) eps_i + rate * feedback, all of a group at once."""
 
     def __init__(self, emitter: Emitter, graph: ComputationGraph, dynamics: Dynamics):
         self.emitter, self.graph, self.dynamics = emitter, graph, dynamics
@@ -212,9 +218,18 @@ class _Errors:
         written = _feedback(self.emitter, sinks, arrives)
         for node in group:
             self.emitter.first = arrives[node.name]
-            error, fed = self.emitter.errors[node.name], sinks[node.prediction]
-            self.emitter.emit(Draft(Op.RELAX, error, fed if fed in written else None, n=error.n, f=(self.dynamics.rate,)))
-            self.emitter.norm(node, error, 0.5)
+            fed = sinks[node.prediction]
+            self._relax(node, fed if fed in written else None)
+            self.emitter.weighed_norm(node)
+
+    def _relax(self, node: Node, fed: Array | None) -> None:
+        emitter, rate = self.emitter, self.dynamics.rate
+        error, sent = emitter.errors[node.name], emitter.sent[node.name]
+        if sent is error:
+            emitter.emit(Draft(Op.RELAX, error, fed, n=error.n, f=(rate,)))
+        else:
+            emitter.emit(Draft(Op.MOVE, error, sent, fed, n=error.n, f=(rate, 0.0, 1.0)))
+            emitter.weigh(node)
 
     def _arrives(self, node: Node) -> int:
         """The step before which the error is zero; in nested order the errors of later time steps are there from the start."""
@@ -252,7 +267,7 @@ class _Values:
             self.emitter.first = self.arrives[node.name]
             gram = self.grams.get(node.name)
             if gram is None:
-                self.emitter.norm(node, self.emitter.errors[node.name], 0.5)
+                self.emitter.weighed_norm(node)
             else:  # ||W^T h||^2 = h . W W^T h
                 self.emitter.norm(node, gram.state, 0.5, self.emitter.change(gram.stage.output, gram.child))
 
@@ -263,7 +278,7 @@ class _Values:
         factors = (self.dynamics.rate, self.dynamics.momentum, 1.0)
         for node in group:
             emitter.first = self.moves[node.name]
-            state, error, fed = emitter.displacements[node.name], emitter.errors[node.name], sinks[node.prediction]
+            state, error, fed = emitter.displacements[node.name], emitter.sent[node.name], sinks[node.prediction]
             if node.name in self.grams:
                 state = error = self.grams[node.name].state
                 fed = emitter.fed[node.name]
@@ -283,6 +298,7 @@ class _Values:
             if node.name in emitter.displacements and (reads or node.name in moved):
                 emitter.first = min([self.moves[name] for name in reads] + [self.moves[node.name]])
                 emitter.error(node)
+                emitter.weigh(node)
             elif reads:
                 emitter.first = 0
                 emitter.loss(node, at_start=False)
@@ -302,7 +318,7 @@ class _FreeErrors:
             moved = self._move(group, self._sweep())
             self._follow(moved)
         for node in self.emitter.hidden:
-            self.emitter.norm(node, self.emitter.errors[node.name], 0.5)
+            self.emitter.weighed_norm(node)
 
     def _sweep(self) -> set[Array]:
         """The deltas, from the outputs up; those that anything has reached."""
@@ -316,12 +332,13 @@ class _FreeErrors:
         return reached
 
     def _move(self, group: Sequence[str], reached: set[Array]) -> set[str]:
-        """velocity <- momentum velocity + (delta - eps); eps <- eps + rate velocity, for those of a group that a delta reaches."""
-        factors = (self.dynamics.rate, self.dynamics.momentum, 1.0)
+        """velocity <- momentum velocity + (delta - pi eps); eps <- eps + rate velocity, for those of a group that a delta reaches."""
+        emitter, factors = self.emitter, (self.dynamics.rate, self.dynamics.momentum, 1.0)
         moved = [name for name in group if self.deltas[name] in reached]
         for name in moved:
-            error = self.emitter.errors[name]
-            self.emitter.emit(Draft(Op.MOVE, error, error, self.deltas[name], self.velocities.get(name), n=error.n, f=factors))
+            error = emitter.errors[name]
+            emitter.emit(Draft(Op.MOVE, error, emitter.sent[name], self.deltas[name], self.velocities.get(name), n=error.n, f=factors))
+            emitter.weigh(emitter.nodes[name])
         return set(moved)
 
     def _follow(self, moved: set[str]) -> None:
@@ -345,10 +362,15 @@ class _FreeErrors:
 
 
 def compile_sweep(
-    program: Program, graph: ComputationGraph, plan: Plan, objectives: Mapping[str, Objective], learning: frozenset[str]
+    program: Program,
+    graph: ComputationGraph,
+    plan: Plan,
+    objectives: Mapping[str, Objective],
+    learning: frozenset[str],
+    way: Way = Way(),  # noqa: B008
 ) -> Compiled:
     """The T-step errors of fixed prediction by one backward sweep (backends/closed_form.py has the mathematics)."""
-    emitter = Emitter(program, objectives, learning, live=False)
+    emitter = Emitter(program, objectives, learning, live=False, way=way)
     emitter.section(0, 0)
     for node in program.nodes:
         emitter.feed_forward(node)
@@ -360,6 +382,33 @@ def compile_sweep(
     compiled = _compiled(emitter, 0, sweep.coefficients, carried=False)
     compiled.lengths.update(sweep.lengths)
     return compiled
+
+
+def compile_weighed_sweep(
+    program: Program, objectives: Mapping[str, Objective], learning: frozenset[str], way: Way, weighed: frozenset[str]
+) -> Compiled:
+    """The same on a chain with precisions (backends/weighted_chain.py): the errors that it stores are the deltas, and each weighed node
+    learns from its delta times the factor that a call brings, c_k(T)."""
+    emitter = Emitter(program, objectives, learning, live=False, way=way, weighed=weighed)
+    emitter.section(0, 0)
+    for node in program.nodes:
+        emitter.feed_forward(node)
+        emitter.store_value(node)
+        emitter.loss(node, at_start=True)
+    emitter.load_factors()
+    reached = {emitter.errors[name] for name in objectives}
+    deltas = {node.prediction: emitter.errors[node.name] for node in emitter.hidden}
+    for node in reversed(program.nodes):
+        delta = emitter.errors[node.name]
+        if delta in reached:
+            emitter.store_error(node, delta)
+            emitter.feedback(node, delta, deltas, reached)
+            emitter.weigh(node)
+            emitter.feedback(node, emitter.sent[node.name], {}, set(), learn=True)
+            if node.name not in objectives:
+                emitter.norm(node, delta, 1.0)
+    names = [node.name for node in program.nodes if emitter.errors[node.name] in reached]
+    return _compiled(emitter, 0, dict.fromkeys(names, 1.0), carried=False)
 
 
 class _Sweep:

@@ -12,6 +12,7 @@ from pckernels.instructions import ABSENT, Code, Loss, Op, OuterProduct
 from pckernels.merging import merge_products
 from pckernels.ordering import order_loops
 from pckernels.program import PRODUCTS, Kind, Node, Program, Stage
+from pckernels.returns import Way
 from pckernels.stages import Operands
 
 
@@ -19,8 +20,8 @@ from pckernels.stages import Operands
 class Place:
     """What an io slot stands for: n numbers for each sample.
 
-    kind: "input", "external" (a prediction computed outside), "target", "losses", "value", "error", "rest" (see Op.MOVE_OR_REST), "x" and
-    "g" (inputs and errors of products, for their weights).
+    kind: "input", "external" (a prediction computed outside), "target", "factor" (of a node's error: see Emitter.weighed), "losses",
+    "value", "error", "rest" (see Op.MOVE_OR_REST), "x" and "g" (inputs and errors of products, for their weights).
     """
 
     kind: str
@@ -29,7 +30,7 @@ class Place:
 
     @property
     def is_result(self) -> bool:
-        return self.kind not in ("input", "external", "target")
+        return self.kind not in ("input", "external", "target", "factor")
 
     @property
     def is_kept(self) -> bool:
@@ -71,12 +72,25 @@ class Emitter:
     Attributes:
         live: whether values move, so that predictions and Jacobians follow; otherwise all stays at the feed-forward pass.
         nudge: the factor of the loss in the energy.
+        way: how errors come back to values.
+        weighed: nodes whose error counts times a factor, of each of its elements, that a call brings.
         errors, displacements: of each node; an output has no displacement.
+        sent: what each node sends back, and learns from: its error, times its factor where it is weighed.
         fed: of each node in the Gram form, the feedback into its state.
     """
 
-    def __init__(self, program: Program, objectives: Mapping[str, Objective], learning: frozenset[str], live: bool, nudge: float = 1.0):
+    def __init__(
+        self,
+        program: Program,
+        objectives: Mapping[str, Objective],
+        learning: frozenset[str],
+        live: bool,
+        nudge: float = 1.0,
+        way: Way = Way(),  # noqa: B008
+        weighed: frozenset[str] = frozenset(),
+    ):
         self.program, self.objectives, self.learning, self.live, self.nudge = program, objectives, learning, live, nudge
+        self.way, self.weighed = way, weighed
         self.nodes = {node.name: node for node in program.nodes}
         self.hidden = [node for node in program.nodes if node.name not in program.outputs]
         self.energy_slots = {node.name: slot for slot, node in enumerate(program.nodes)}
@@ -98,6 +112,8 @@ class Emitter:
         self.moved = {node.name: self.array(node.prediction, "change") for node in program.nodes if live}
         self.moving = self._moving_buffers() if live else set()
         self.errors = {node.name: self._error_array(node) for node in program.nodes}
+        self.sent = {**self.errors, **{name: self.array(self.nodes[name].prediction, "weighed error") for name in sorted(weighed)}}
+        self._factors: dict[str, Array] = {}
 
     def array(self, buffer: int, name: str) -> Array:
         return Array(self.program.buffers[buffer].size, f"{self.program.buffers[buffer].name}:{name}")
@@ -253,6 +269,23 @@ class Emitter:
         if self.errors[node.name] is not d:
             self.emit(Draft(Op.ERROR, self.errors[node.name], d, self.moved[node.name], n=d.n))
 
+    def load_factors(self) -> None:
+        """Of the nodes that are weighed."""
+        for name in sorted(self.weighed):
+            self._factors[name] = self.array(self.nodes[name].prediction, "factor")
+            self._load(self._factors[name], "factor", name)
+
+    def weigh(self, node: Node) -> None:
+        """What the node sends, from its error as it is now."""
+        if node.name in self.weighed:
+            sent = self.sent[node.name]
+            self.emit(Draft(Op.MUL, sent, self.errors[node.name], self._factors[node.name], n=sent.n))
+
+    def weighed_norm(self, node: Node) -> None:
+        """Half the square of the node's error, times its factor where it has one."""
+        error, sent = self.errors[node.name], self.sent[node.name]
+        self.norm(node, error, 0.5, sent if sent is not error else None)
+
     def norm(self, node: Node, error: Array, factor: float, other: Array | None = None) -> None:
         self.emit(Draft(Op.NORM, a=error, b=other, n=error.n, slot=self.energy_slots[node.name], f=(factor,)))
 
@@ -262,6 +295,8 @@ class Emitter:
         """The Gram form of a node's displacement, where there is one: a prediction that never moves, and one reader, a product."""
         readers = [(child, k) for child in self.program.nodes for k, stage in enumerate(child.stages) if node.prediction in stage.inputs]
         if node.prediction in self.moving or node.name not in self.displacements or len(readers) != 1:
+            return None
+        if self.way.own_weights or node.name in self.weighed:  # W psi^T is not symmetric; and h would have a factor for each row of W
             return None
         child, place = readers[0]
         stage = child.stages[place]
@@ -284,10 +319,19 @@ class Emitter:
     def feedback(
         self, node: Node, error: Array, sinks: Mapping[int, Array], written: set[Array], learn: bool = False, coefficient: float = 1.0
     ) -> None:
-        """(d mu / d v)^T error of one node, added up in `sinks` (buffer -> array); on the way its weights learn.
+        """(d mu / d v)^T error of one node, or what the way back has in its place, added up in `sinks` (buffer -> array); on the way its
+        weights learn, or on a way of their own.
 
         written: arrays that already hold a part of their sum.
         """
+        if learn and self.way.is_own:
+            self._walk(node, error, {}, written, coefficient)
+            learn = False
+        self._walk(node, error, sinks, written, coefficient if learn else None)
+
+    def _walk(self, node: Node, error: Array, sinks: Mapping[int, Array], written: set[Array], coefficient: float | None) -> None:
+        """Back through a node's stages. coefficient: weights learn from the error times this; None: they do not."""
+        learn = coefficient is not None
         useful = self._useful(node, sinks, learn)
         grads = {node.prediction: error}
         for k, stage in reversed(list(enumerate(node.stages))):
@@ -298,17 +342,25 @@ class Emitter:
                 self.fed[gram.node.name] = grads[stage.output]
                 continue
             arrays = self.operands(node, k, stage)
-            if learn and self._learns(stage):
+            if coefficient is not None and self._learns(stage):
                 self._learn(node, k, stage, arrays, grads[stage.output], coefficient)
             for which, buffer in enumerate(stage.inputs):
-                target = sinks.get(buffer)
-                if target is None and buffer in useful and buffer not in self._node_of:
-                    if stages.passes_on(stage, which) and sum(other.inputs.count(buffer) for other in node.stages) == 1:
+                if buffer not in sinks and (buffer not in useful or buffer in self._node_of):
+                    continue
+                way, target = self.way.through(stage, self._backward_weight) if sinks else stage, sinks.get(buffer)
+                if target is None:
+                    if stages.passes_on(way, which) and sum(other.inputs.count(buffer) for other in node.stages) == 1:
                         grads[buffer] = grads[stage.output]
                         continue
                     target = grads.setdefault(buffer, self.array(buffer, "feedback"))
-                if target is not None:
-                    self._send(stages.feedback(stage, arrays, which, grads[stage.output], target), stage, target, written)
+                self._send(stages.feedback(way, arrays, which, grads[stage.output], target), way, target, written)
+
+    def _backward_weight(self, place: int) -> int:
+        """The slot of the backward weight of a weight."""
+        info = replace(self.program.weights[place], backward=True)
+        if info not in self.weights:
+            self.weights.append(info)
+        return self.weights.index(info)
 
     def _send(self, draft: Draft, stage: Stage, target: Array, written: set[Array]) -> None:
         if target not in written and not stages.covers(stage, target.n):

@@ -81,13 +81,14 @@ class Node:
 class WeightInfo:
     """A tensor that stages read: its name in the graph, and its shape as (outputs, everything else).
 
-    `gram`: not the weight W (outputs, K) itself but W W^T, (outputs, outputs).
+    `gram`: not the weight W (outputs, K) itself but W W^T, (outputs, outputs). `backward`: its backward weight psi, of the shape of W.
     """
 
     name: str
     outputs: int
     inputs: int
     gram: bool = False
+    backward: bool = False
 
 
 @dataclass(frozen=True)

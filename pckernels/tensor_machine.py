@@ -104,6 +104,11 @@ class Machine:
         rest = self.layout.rest
         return rest is not None and bool(self.get(rest)[:, 0].all())
 
+    def stand_still(self) -> None:
+        """The energies of the steps that are left out, as if they had run with every sample at rest. Not for a GPU: it looks."""
+        left = int(self.clock)
+        self.energies[left:] = self.energies[left - 1]
+
     def _put_sums(self) -> None:
         slots = sorted(self.sums)
         row = torch.zeros_like(self.energies[0])

@@ -83,6 +83,8 @@ def chain_of(program: Program, dynamics: Dynamics) -> Chain | str:
 def _dynamics_refusal(dynamics: Dynamics) -> str | None:
     if dynamics.is_nudged or dynamics.moves == "free_errors":
         return "a chain relaxes values or errors under the plain loss; this rule nudges, or lets values follow errors"
+    if dynamics.has_own_feedback:
+        return "errors come back through a chain by the transposed weights and with f'; this rule is relaxed"
     if dynamics.closed_form:
         return "a sweep of the closed form is no relaxation"
     if dynamics.sweep != "jacobi":
@@ -115,6 +117,8 @@ def chain_of_code(compiled: Compiled) -> Chain | str:
     """The chain whose relaxation code is, or why it is none."""
     if compiled.program is None or compiled.dynamics is None:
         return "the code is not that of steps of a program"
+    if compiled.weighed:
+        return "the errors of a chain have precision 1; here vertices have others"
     chain = chain_of(compiled.program, compiled.dynamics)
     if isinstance(chain, str):
         return chain

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cuda_emulated
+import extra_case
 import pytest
 import test_backends as backends
 import torch
@@ -211,6 +212,13 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__}{getattr(rule, 'steps', '')}")
 def test_every_rule_on_every_model(backend: str, name: str, rule: pck.rules.Rule) -> None:
     backends.assert_as_good(backend, name, rule, 5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_backward_weights_and_precisions(backend: str, name: str) -> None:
+    for rule in (pck.Relaxed(pck.Strict(3, 0.1, momentum=0.5), "learned", False), pck.FixedPrediction(4, 0.3, solver="iterate")):
+        extra_case.assert_as_good(backend, name, rule, 5, "elements")
+    extra_case.assert_as_good(backend, name, pck.Relaxed(pck.ZeroDivergence(), "learned", False), 5)
 
 
 @pytest.mark.parametrize("tier", ["stream", "resident"])

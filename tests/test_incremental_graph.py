@@ -195,5 +195,15 @@ def test_what_lies_outside_of_the_steps_is_refused() -> None:
     torch.testing.assert_close(ours["energy"], reference["energy"])
 
 
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [(RULES[0], {"precision": {"0": 2.0}}), (pck.Relaxed(RULES[0], "learned"), {}), (pck.Relaxed(RULES[0], derivative=False), {})],
+)
+def test_precisions_and_backward_weights_are_refused(rule: pck.rules.Rule, options: dict[str, Any]) -> None:
+    network = pck.PCNetwork(MODELS["mlp"].build(), rule, backend="graph", **options)
+    with pytest.raises(pck.Unsupported, match="precisions, and feedback of a rule's own, in a rule whose weights move at every step"):
+        network.backward(*data("mlp", 3, "squared_error"))
+
+
 def test_engines_refuse_and_name_who_does_not() -> None:
     refused(MODELS["mlp"].build(), *data("mlp", 3, "squared_error"), "host", 'which backend="graph" does, and the reference')

@@ -191,10 +191,34 @@ def test_a_learned_precision_finds_the_inverse_of_the_mean_squared_error() -> No
     assert (log.grad < 0) == (pi < error.numel() / error.square().sum())
 
 
-def test_it_runs_on_the_reference_and_the_plan_says_why() -> None:
+def test_auto_takes_the_engine_and_the_plan_says_so() -> None:
     network, x, target = make(2.0)
     inference = network.infer(x, target)
-    assert inference.backend == "reference" and "not host: a vertex has a precision other than 1" in inference.plan
+    assert inference.backend == "host" and "strict dynamics with precisions, 4 steps" in inference.plan
+    assert network.infer(x).backend == "host"
+
+
+class TwoChains(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.b(self.a(x).tanh()), self.e(self.d(self.c(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("backend", ["reference", "graph"])
+def test_each_of_several_chains_counts_from_its_own_output(backend: str) -> None:
+    module, x = TwoChains().double(), torch.randn(5, 3).double()
+    target, found = (torch.randn(5, 2).double(), torch.randn(5, 2).double()), []
+    for solver in ("iterate", "closed_form"):
+        network = pck.PCNetwork(module, pck.FixedPrediction(4, 0.3, solver), precision={"a": 1.5, "c": 0.7}, backend=backend)
+        network.zero_grad()
+        found.append((network.backward(x, target=target), gradients(network)))
+    (stepped, first), (swept, second) = found
+    assert all(torch.allclose(error, swept.errors[name], rtol=1e-12) for name, error in stepped.errors.items())
+    assert all(torch.allclose(first[name], second[name], rtol=1e-12) for name in first)
+    assert torch.allclose(stepped.energy, swept.energy, rtol=1e-12)
 
 
 BAD = [

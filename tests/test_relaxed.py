@@ -289,11 +289,20 @@ def test_it_runs_on_the_reference_and_the_plan_says_why_and_how() -> None:
     network, x, target = make()
     inference = network.infer(x, target)
     assert inference.backend == "reference" and "learned feedback, no f' on the way back, learned error weights" in inference.plan
-    assert "not host: a relaxed rule" in inference.plan
+    assert "not host: a rule with error weights" in inference.plan
     network.backend = "host"
-    with pytest.raises(pck.Unsupported, match="a relaxed rule brings errors back"):
+    with pytest.raises(pck.Unsupported, match="compares values with mixtures of predictions"):
         network.infer(x, target)
     assert network.infer(x).backend == "host"
+
+
+@pytest.mark.parametrize("relaxation", WITHOUT_ERROR_WEIGHTS)
+def test_without_error_weights_auto_takes_the_engine_and_the_plan_says_how(relaxation: str) -> None:
+    for rule, words in ((pck.Strict(4, 0.1), "strict dynamics"), (pck.ZeroDivergence(), "zero divergence")):
+        network, x, target = make(relaxation, rule)
+        inference = network.infer(x, target)
+        how = "learned feedback" if relaxation == "feedback" else "no f' on the way back"
+        assert inference.backend == "host" and f"{words}, {how}" in inference.plan
 
 
 def test_learned_feedback_with_decay_comes_to_be_the_weights() -> None:

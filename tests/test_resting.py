@@ -52,6 +52,18 @@ def test_it_is_the_reference(name: str, rule: pck.rules.Rule) -> None:
     assert_equal(*both(name, rule, 9))
 
 
+@pytest.mark.parametrize("rule", [RULES[0], RULES[3], pck.Relaxed(RULES[0], "learned", derivative=False)], ids=str)
+def test_precisions_learn_from_the_last_step_taken(rule: pck.rules.Rule) -> None:
+    x, target = (tensor.double() for tensor in data("mlp", 9, "squared_error"))
+    network, results = pck.PCNetwork(networks("mlp")[0].module, rule, precision={"0": "learned"}), []
+    for network.backend in ("graph", "reference"):
+        network.zero_grad()
+        network.backward(x, target)
+        results.append({name: parameter.grad.clone() for name, parameter in network.named_parameters()})
+    assert "pc.log_precision.0" in results[0]
+    assert_equal(*results)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_few_samples(batch: int) -> None:
     assert_equal(*both("mlp", RULES[0], batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import extra_case
 import pytest
 import test_backends as backends
 import torch
@@ -63,6 +64,15 @@ EVERY += [("rnn", rule) for rule in backends.nested(2)] + [("cnn", pck.FixedPred
 def test_rules_on_models(backend: str, name: str, rule: pck.rules.Rule, launches: list[str]) -> None:
     with triton.options(variant="scratch"):
         backends.assert_as_good(backend, name, rule, 17 if name in ("mlp", "skip") else 5)
+
+
+def test_backward_weights_and_precisions(backend: str, launches: list[str]) -> None:
+    """Narrow chains too: on the chip they have neither."""
+    rule = pck.Relaxed(pck.Strict(2, 0.1), "learned", False)
+    extra_case.assert_as_good(backend, "cnn", rule, 5, "elements")
+    extra_case.assert_as_good(backend, "mlp8", rule, 5)
+    extra_case.assert_as_good(backend, "mlp8", pck.Strict(2, 0.1), 5, "learned")
+    assert set(launches) == {"scratch"}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 8, 64])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pckernels.backends.feedforward import Bound, compute_constants
 from pckernels.backends.selection import program_of
+from pckernels.backends.weighing import Weighing
 from pckernels.call import Call
 from pckernels.compiler import Compiled, compile_gram
 from pckernels.emitter import Place
@@ -58,6 +59,7 @@ class Binding:
     """The tensors of one run.
 
     Attributes:
+        weighing: the precisions of the call, where its code weighs errors.
         bound: PyTorch's part of the graph where a function of parameters or a vertex is outside of the code; most have none.
         sign: what the code multiplies gradients by. A factor on the device is applied there afterwards: to read it would be to wait.
     """
@@ -70,6 +72,8 @@ class Binding:
         self.sign = -1.0 if isinstance(call.factor, Tensor) else -1.0 * call.factor
         self.dtype = graph.vertices[0].dtype or torch.float32
         self.device = next(iter(call.tensors.values())).device
+        counts = {name: self.batch * numel(shape) for name, shape in self.program.shapes.items()} if code.weighed else {}
+        self.weighing = Weighing(call, counts) if code.weighed else None
         self.bound: Bound | None = None
         self.constants: Mapping[str, object] = {}
         self._compute_what_is_outside()
@@ -95,7 +99,7 @@ class Binding:
             code,
             batch,
             [self._weight(info) for info in code.weights],
-            [self._rows(self._source(place), place) for place in code.inputs],
+            [self._input(place) for place in code.inputs],
             self.new(batch * code.kept_size),
             self.new(batch * code.scratch_size),
             [self.new(*self._parameter(name).shape) for name in code.gradients],
@@ -120,7 +124,7 @@ class Binding:
     # Weights
 
     def _weight(self, info: WeightInfo) -> Tensor:
-        weight = self._parameter(info.name).contiguous()
+        weight = (self._backward_weight(info.name) if info.backward else self._parameter(info.name)).contiguous()
         return self._gram(weight.view(info.outputs, -1)) if info.gram else weight
 
     def _gram(self, weight: Tensor) -> Tensor:
@@ -141,7 +145,24 @@ class Binding:
         call.update([call.tensors[name] for name in self.code.gradients], [gained * -call.factor for gained in learnt])
         return [self._weight(info) for info in self.code.weights]
 
+    def _backward_weight(self, name: str) -> Tensor:
+        """psi; a function of parameters is an arrangement of theirs."""
+        found = self.call.tensors[self.call.extra.feedback[name]] if self.bound is None else self.bound.backward_weights[name]
+        assert isinstance(found, Tensor)
+        return found
+
     # Inputs
+
+    def _input(self, place: Place) -> Tensor:
+        return self._factor(place.name) if place.kind == "factor" else self._rows(self._source(place), place)
+
+    def _factor(self, name: str) -> Tensor:
+        """Of each element of a weighed node, for each sample."""
+        assert self.weighing is not None
+        factor = torch.as_tensor(self.weighing.factor(name), dtype=self.dtype, device=self.device)
+        shape = self.program.shapes[name]
+        of_sample = factor.reshape(()).expand(shape) if factor.numel() == 1 else factor.expand(shape)
+        return of_sample.reshape(1, -1).expand(self.batch, -1).contiguous()
 
     def _source(self, place: Place) -> Tensor:
         if place.kind == "target":

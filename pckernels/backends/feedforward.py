@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pckernels.call import Call
+from pckernels.call import Call, Extra
 from pckernels.graph import ComputationGraph, Derived, Trace, Vertex, feature_axis
 from pckernels.routes import route_of
 
@@ -102,6 +102,11 @@ def feedback(local: Local, error: Tensor, parents: Iterable[str]) -> dict[str, T
     return {name: result for name, result in zip(names, results, strict=True) if result is not None}
 
 
+def precisions_of(extra: Extra, tensors: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
+    """Hidden vertex -> pi, of those that have one: as it is fixed, or as it is now where it is learned."""
+    return {**extra.precisions, **{name: tensors[key].detach().exp() for name, key in extra.log_precisions.items()}}
+
+
 class Bound:
     """A graph bound to the tensors of one call: feed-forward predictions `mu`, weights, and what the pass drew or measured.
 
@@ -141,8 +146,7 @@ class Bound:
         self.weights = {name: _leaf(tensor, tensor.requires_grad) for name, tensor in self.sources.items()}
         self.backward_weights: dict[str, object] = {name: tensors[key].detach() for name, key in self.extra.feedback.items()}
         self.error_weights = {name: tensors[key].detach() for name, key in self.extra.error_weights.items()}
-        learned = {name: tensors[key].detach().exp() for name, key in self.extra.log_precisions.items()}
-        self.precisions: dict[str, float | Tensor] = {**self.extra.precisions, **learned}
+        self.precisions = precisions_of(self.extra, tensors)
 
     def weighted(self, name: str, error: Tensor) -> Tensor:
         """pi_i eps_i: what a vertex sends to its parents and learns from."""

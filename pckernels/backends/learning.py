@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from pckernels.backends.feedforward import Bound, Local, Place, vjp
-from pckernels.call import Call
+from pckernels.call import Call, Extra
 from pckernels.graph import feature_axis
 from pckernels.products import outer_products, stacked
 
@@ -101,8 +101,7 @@ class LocalUpdates:
         return found
 
     def _with_backward_weights(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        learning = {name: key for name, key in self.bound.extra.feedback.items() if key in self.bound.learning}
-        return found | {key: found[name] for name, key in learning.items()}
+        return with_backward_weights(self.bound.extra, self.bound.learning, found)
 
     def _taps(self, local: Local) -> list[tuple[tuple[str, str | None], tuple[Tensor, GradientEdge | None]]]:
         return list(zip(local.vertex.taps, local.taps, strict=True))
@@ -132,6 +131,11 @@ class LocalUpdates:
                 if total is not None:
                     _accumulate(direct, name, total)
         return direct
+
+
+def with_backward_weights(extra: Extra, learning: Sequence[str], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What parameters learn, and what their backward weights do, of those that learn: the same."""
+    return found | {key: found[name] for name, key in extra.feedback.items() if key in learning}
 
 
 class Learnt(Protocol):

@@ -16,10 +16,11 @@ from torch import Tensor
 from pckernels.backends import closed_form, energies
 from pckernels.backends.binding import Binding, Execute
 from pckernels.backends.feedforward import learning_parameters
-from pckernels.backends.learning import LocalUpdates
+from pckernels.backends.learning import LocalUpdates, with_backward_weights
 from pckernels.backends.path_lengths import make_plan
-from pckernels.backends.results import Lazy, complaint, feed_forward_outcome, together
+from pckernels.backends.results import Lazy, complaint, feed_forward_outcome, relaxation, together
 from pckernels.backends.selection import PlanFor, code_of, phases
+from pckernels.backends.weighing import Weighing
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
 from pckernels.memory import Packed, part_of
@@ -69,6 +70,20 @@ class _Results:
         self.binding, self.call, self.code, self.program = binding, binding.call, binding.code, binding.program
         self.graph, self.kept, self.energies = binding.call.trace.graph, memory.kept, memory.energies
         self.names = [node.name for node in self.program.nodes]  # in the order of the energies' slots
+        self.weighing = binding.weighing
+        self.halves: dict[str, Tensor] = {}
+        if self.weighing is not None:
+            self._weigh(self.weighing)
+
+    def _weigh(self, weighing: Weighing) -> None:
+        """Take down the squares that precisions learn from, and add what precisions add to F."""
+        slots = {name: slot for slot, name in enumerate(self.names)}
+        if self.call.learn:
+            last = self.energies[-1]
+            self.halves = weighing.halves({name: last[slots[name]].clone() for name in weighing.logs})
+        if self.code.carried:
+            for name, volume in weighing.log_volumes.items():
+                self.energies[:, slots[name]] += volume
 
     def outcome(self, gradients: Sequence[Tensor]) -> Outcome:
         """`gradients`: what the code has learned, in the order of its slots."""
@@ -128,6 +143,9 @@ class _Results:
             else:
                 error = self.binding.shaped(self._result("error", name), name)
                 found[name] = error if coefficient == 1.0 else coefficient * error
+            if name in self.code.weighed:
+                assert self.weighing is not None
+                found[name] = self.weighing.error(name, found[name])
         return found
 
     def _values(self) -> dict[str, Tensor]:
@@ -140,8 +158,11 @@ class _Results:
 
     def _energy_of_sweep(self, losses: Tensor) -> Callable[[], Tensor]:
         """F at t = 0 .. T from the squares of the sweep's errors; where several path lengths make one up, by the reference."""
-        plan = make_plan(self.graph, self.call.dynamics, closed_form.plan_dtype(self.graph))
         squares = {name: self.energies[0, slot] for slot, name in enumerate(self.names) if name not in self.program.outputs}
+        weighing = self.weighing
+        if weighing is not None:
+            return lambda: weighing.energy_of_sweep(squares, losses)
+        plan = make_plan(self.graph, self.call.dynamics, closed_form.plan_dtype(self.graph))
         if self.call.dynamics.learn_on_arrival:
             return lambda: energies.arrival_energy(self.graph, squares, losses)
         if any(len(lengths) > 1 for lengths in self.code.lengths.values()):
@@ -154,9 +175,12 @@ class _Results:
         found = dict(zip(self.code.gradients, learned, strict=True))
         if isinstance(self.call.factor, Tensor):
             found = {name: gradient * self.call.factor for name, gradient in found.items()}
+        if self.weighing is not None:
+            found |= self.weighing.gradients(self.halves)
         if bound is None:
-            unreached = [name for name in learning_parameters(self.call) if name not in found]
-            return found | {name: torch.zeros_like(self.call.tensors[name]) for name in unreached}
+            learning = learning_parameters(self.call)
+            found |= {name: torch.zeros_like(self.call.tensors[name]) for name in learning if name not in found}
+            return with_backward_weights(self.call.extra, learning, found)
         updates = LocalUpdates(bound, self.call.factor)
         errors = self._errors() if bound.locals else {}
         for name, local in bound.locals.items():
@@ -172,10 +196,13 @@ def _plan(code: Compiled, dynamics: Dynamics, by_optimizer: bool) -> str:
     if dynamics.learn_at_each_step:
         who = "the weights, by the optimizer," if by_optimizer else "a copy of the weights"
         kind = f"incremental, values and {who} together"
-    if dynamics.closed_form:
-        what = "zero divergence in one backward sweep" if dynamics.learn_on_arrival else f"{kind} in closed form, one backward sweep"
+    how = (" with precisions" if code.weighed else "") + relaxation(dynamics)
+    if dynamics.learn_on_arrival:
+        what = f"zero divergence{how} in one backward sweep"
+    elif dynamics.closed_form:
+        what = f"{kind} in closed form{how}, one backward sweep"
     else:
-        what = f"{kind}, {code.code.steps} steps{'' if dynamics.tolerance is None else ' at most'}"
+        what = f"{kind}{how}, {code.code.steps} steps{'' if dynamics.tolerance is None else ' at most'}"
     order = ", one time step after the other" if dynamics.nested else ""
     return (
         f"{what}{order}: {len(code.code.instructions)} instructions over {code.code.energies} vertices, {code.code.rows} numbers a sample"

@@ -12,7 +12,7 @@ from torch import Tensor
 from pckernels.backends import closed_form
 from pckernels.backends.path_lengths import make_plan
 from pckernels.call import Call
-from pckernels.compiler import Compiled, compile_feed_forward, compile_steps, compile_sweep
+from pckernels.compiler import Compiled, compile_feed_forward, compile_steps, compile_sweep, compile_weighed_sweep
 from pckernels.emitter import Objective
 from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph, Trace
@@ -21,6 +21,7 @@ from pckernels.instructions import Loss
 from pckernels.lowering import lower
 from pckernels.objective import Objective as Target
 from pckernels.program import Program
+from pckernels.returns import Way
 from pckernels.rules import Dynamics
 
 PlanFor = Callable[[Compiled | str, int, torch.device], object]  # how a backend runs code on a batch, or why it cannot
@@ -45,20 +46,29 @@ def program_of(graph: ComputationGraph) -> Program:
 
 @lru_cache(maxsize=256)
 def compiled(
-    graph: ComputationGraph, dynamics: Dynamics | None, objectives: Objectives, learning: frozenset[str], gram: bool = False
+    graph: ComputationGraph,
+    dynamics: Dynamics | None,
+    objectives: Objectives,
+    learning: frozenset[str],
+    weighed: frozenset[str] = frozenset(),
+    gram: bool = False,
 ) -> Compiled | str:
-    """The code for one kind of call (without a target: no dynamics), or why there is none."""
+    """The code for one kind of call (without a target: no dynamics), or why there is none. weighed: vertices with a precision."""
     program = lowered(graph)
     if isinstance(program, str):
         return program
     try:
         if dynamics is None:
             return compile_feed_forward(program)
+        if dynamics.closed_form and weighed:  # c_k(T) then differs from 1 everywhere
+            hidden = frozenset(vertex.name for vertex in graph.hidden)
+            return compile_weighed_sweep(program, dict(objectives), learning, Way.of(dynamics), hidden)
         if dynamics.closed_form:
-            return compile_sweep(program, graph, make_plan(graph, dynamics, closed_form.plan_dtype(graph)), dict(objectives), learning)
+            plan = make_plan(graph, dynamics, closed_form.plan_dtype(graph))
+            return compile_sweep(program, graph, plan, dict(objectives), learning, Way.of(dynamics))
         if dynamics.learn_at_each_step:
-            return compile_incremental(program, graph, dynamics, dict(objectives), learning)
-        return compile_steps(program, graph, dynamics, dict(objectives), learning, gram)
+            return compile_incremental(program, graph, dynamics, dict(objectives), learning, weighed)
+        return compile_steps(program, graph, dynamics, dict(objectives), learning, gram, weighed)
     except Unsupported as error:
         return str(error)
 
@@ -127,10 +137,8 @@ def refusal(call: Call) -> str | None:
         return "a loss of one's own, or as another code has it (match=), is a PyTorch function, which runs in the reference alone"
     if call.objective is not None and _follows_another_code(call.dynamics):
         return "match= follows another code's ways, which only the reference knows"
-    if call.objective is not None and (call.dynamics.has_own_feedback or call.dynamics.has_error_weights):
-        return "a relaxed rule brings errors back, or compares values, by weights of its own, which only the reference does"
-    if call.objective is not None and call.extra.weighs_errors:
-        return "a vertex has a precision other than 1, which only the reference knows"
+    if call.objective is not None and call.dynamics.has_error_weights:
+        return "a rule with error weights compares values with mixtures of predictions, which only the reference does"
     if isinstance(call.objective, Target) and call.objective.known:
         return "a target that is known in part is for the reference alone"
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -166,7 +174,7 @@ def phases(call: Call) -> list[Call]:
 def code_of(call: Call) -> Compiled | str:
     """The code that a call needs, or why there is none."""
     if "code" not in call.memo:
-        call.memo["code"] = cheapest((call.trace.graph, *_kind_of(call), _learning(call)), call.size or 0)
+        call.memo["code"] = cheapest((call.trace.graph, *_kind_of(call), _learning(call), _weighed(call)), call.size or 0)
     return call.memo["code"]
 
 
@@ -184,21 +192,29 @@ def code_for(graph: ComputationGraph, rule: Dynamics, batch: int) -> Compiled | 
     if isinstance(program, str):
         return program
     learning = frozenset(info.name for info in program.weights)
-    return cheapest((graph, rule, _objectives(graph, "squared_error", tuple(program.outputs)), learning), batch)
+    return cheapest((graph, rule, _objectives(graph, "squared_error", tuple(program.outputs)), learning, frozenset()), batch)
 
 
-def cheapest(key: tuple[ComputationGraph, Dynamics | None, Objectives, frozenset[str]], batch: int) -> Compiled | str:
+Key = tuple[ComputationGraph, Dynamics | None, Objectives, frozenset[str], frozenset[str]]  # what `compiled` takes, but for the Gram form
+
+
+def cheapest(key: Key, batch: int) -> Compiled | str:
     """In the Gram form where it pays: it costs a product W W^T a call, and saves one product a step.
 
     Of several nudges, each of which is a run of its own (see `phases`), the code of the first; the others' has the same shape.
     """
-    graph, dynamics, objectives, learning = key
+    graph, dynamics, objectives, learning, weighed = key
     if dynamics is not None and len(dynamics.nudges) > 1:
         dynamics = replace(dynamics, nudges=dynamics.nudges[:1])
-    code = compiled(graph, dynamics, objectives, learning, gram=True)
+    code = compiled(graph, dynamics, objectives, learning, weighed, gram=True)
     width = 0 if isinstance(code, str) else code.gram_width
     steps = 0 if dynamics is None else dynamics.steps or 0
-    return code if steps * batch >= 2 * width else compiled(graph, dynamics, objectives, learning, gram=False)
+    return code if steps * batch >= 2 * width else compiled(graph, dynamics, objectives, learning, weighed, gram=False)
+
+
+def _weighed(call: Call) -> frozenset[str]:
+    """The vertices with a precision, where there is a target."""
+    return frozenset((*call.extra.precisions, *call.extra.log_precisions) if call.objective is not None else ())
 
 
 @lru_cache(maxsize=64)

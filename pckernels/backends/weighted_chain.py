@@ -6,6 +6,8 @@ e_k after T steps is c_k(T) delta_k with c_k(t+1) = (1 - rate pi_k) c_k(t) + rat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,18 +15,25 @@ from pckernels.backends.feedforward import Bound, feedback
 from pckernels.backends.learning import learned
 from pckernels.backends.results import Frozen, Tensors, energy, outcome, relaxation
 from pckernels.call import Call, Outcome, Snapshot
+from pckernels.graph import ComputationGraph
 from pckernels.schedule import steps_on
 
 
-def coefficients(precisions: Tensor, steps: int, rate: float) -> Tensor:
-    """(steps + 1, vertices): c_k(t), for precisions in the order of k, the output's first."""
-    c = torch.zeros_like(precisions)
-    c[0] = 1.0
+def coefficients_on(
+    graph: ComputationGraph, precisions: Mapping[str, float | Tensor], steps: int, rate: float, device: torch.device
+) -> dict[str, Tensor]:
+    """Vertex of a graph of chains -> its c_k(t) at t = 0 .. steps, in float64; `precisions`: one number for each vertex that has one."""
+    names = [vertex.name for vertex in graph.vertices]
+    place = {name: k for k, name in enumerate(names)}
+    pi = torch.stack([torch.as_tensor(precisions.get(name, 1.0), dtype=torch.float64, device=device).reshape(()) for name in names])
+    is_output = torch.tensor([name in graph.outputs for name in names], device=device)
+    child = torch.tensor([place[graph.children[name][0]] if graph.children[name] else place[name] for name in names], device=device)
+    c, pace = is_output.double(), rate * pi
     rows = [c]
     for _ in range(steps):
-        c = torch.cat([c[:1], c[1:] + rate * precisions[1:] * (c[:-1] - c[1:])])
+        c = torch.where(is_output, c, c + pace * (c[child] - c))
         rows.append(c)
-    return torch.stack(rows)
+    return dict(zip(names, torch.stack(rows, 1), strict=True))
 
 
 def weighted_sweep(bound: Bound, call: Call) -> Outcome:
@@ -33,15 +42,13 @@ def weighted_sweep(bound: Bound, call: Call) -> Outcome:
     assert call.objective is not None
     losses, at_outputs = call.objective({name: bound.mu[name] for name in graph.outputs})
     deltas = _deltas(bound, at_outputs)
-    names = list(deltas)
-    pi = torch.stack(
-        [torch.as_tensor(bound.precisions.get(name, 1.0), dtype=torch.float64, device=losses.device).reshape(()) for name in names]
-    )
-    c = coefficients(pi, steps_on(graph, dynamics.steps), dynamics.rate) / pi
-    states = [_errors(deltas, row) for row in c] if call.record else [_errors(deltas, c[-1])]
+    steps = steps_on(graph, dynamics.steps)
+    c = coefficients_on(graph, bound.precisions, steps, dynamics.rate, losses.device)
+    factors = {name: c[name] / bound.precisions.get(name, 1.0) for name in deltas}
+    states = [_errors(deltas, factors, t) for t in (range(steps + 1) if call.record else [steps])]
     frozen = Frozen(bound, states[-1])
     history: list[Snapshot] | None = [Frozen(bound, state).snapshot(graph) for state in states] if call.record else None
-    energies = _energies(bound, losses, deltas, c)
+    energies = _energies(bound, losses, deltas, factors)
     plan = (
         f"fixed prediction in closed form with precisions{relaxation(dynamics)}: one backward sweep over a chain of {len(graph)} vertices"
     )
@@ -57,15 +64,15 @@ def _deltas(bound: Bound, at_outputs: Tensors) -> Tensors:
     return found
 
 
-def _errors(deltas: Tensors, factors: Tensor) -> Tensors:
-    return {name: factor.to(delta.dtype) * delta for (name, delta), factor in zip(deltas.items(), factors, strict=True)}
+def _errors(deltas: Tensors, factors: Tensors, t: int) -> Tensors:
+    return {name: factors[name][t].to(delta.dtype) * delta for name, delta in deltas.items()}
 
 
-def _energies(bound: Bound, losses: Tensor, deltas: Tensors, c: Tensor) -> Tensor:
+def _energies(bound: Bound, losses: Tensor, deltas: Tensors, factors: Tensors) -> Tensor:
     """(steps + 1,): 1/2 pi_k (c_k / pi_k)^2 ||delta_k||^2 summed over the hidden vertices, and the loss."""
-    total = (losses.sum() + bound.log_volume(losses)).repeat(len(c))
-    for k, (name, delta) in enumerate(deltas.items()):
+    total = (losses.sum() + bound.log_volume(losses)).repeat(len(next(iter(factors.values()))))
+    for name, delta in deltas.items():
         if name not in bound.graph.outputs:
             square = energy(torch.zeros_like(losses), [bound.whitened(name, delta)])
-            total = total + c[:, k].to(losses.dtype).square() * square
+            total = total + factors[name].to(losses.dtype).square() * square
     return total
