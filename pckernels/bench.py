@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", nargs="+", metavar="RIVAL", help="only these rivals and peers (default: all of each case)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="a peer, and the Python that has it installed")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch and of ours (default: 1)")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="after which no new case begins; those left out are named")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="after which no new case or curve begins; those left out are named")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare ratios with those of FILE; exit 1 if one has lost over 25%%")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing: take FILE, written by --json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="figures and report.html, with bench.json beside them")

@@ -256,5 +256,5 @@ FIGURES: dict[str, tuple[str, Callable[[Record], Any]]] = {
     ),
     "errors": ("Time to come within an error of backprop's gradient: every rule that converges to it.", errors),
     "roofline": ("How fast multiply-adds run, against how many there are for each byte of memory.", roofline),
-    "steps": ("Time is linear in T, with the slope that the ledger predicts; memory is flat in T.", steps),
+    "steps": ("Time (on a CPU, the processor's) is linear in T, with the slope that the ledger predicts; memory is flat in T.", steps),
 }
