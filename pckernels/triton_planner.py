@@ -1,8 +1,10 @@
 """How code runs on the Triton kernels: which variant, how many samples in a tile, how many warps, and why. Without Triton itself.
 
-Two variants. In either a program of the grid owns a tile of samples:
+Three variants. In each a program of the grid owns a tile of samples:
 
 * on_chip (relax_mlp): a chain of narrow linear layers, whose nodes stay in registers for all steps;
+* pinned (relax_mlp_pinned): a chain of linear layers whose nodes fit in shared memory, where they stay for all steps. Until a GPU has
+  proved it (triton_pinned.PROVED) it is taken only where it is asked for;
 * scratch (relax): everything, with the arena in global memory, where it stays in L1 and L2.
 """
 
@@ -10,13 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pckernels import triton_chain
+from pckernels import triton_chain, triton_pinned
 from pckernels.compiler import Compiled
 from pckernels.instructions import Code
-from pckernels.planner import ARCHITECTURES, Limits
+from pckernels.planner import ARCHITECTURES, KIB, Limits
 
 PROGRAMS = 2  # of a multiprocessor, so that one works while another waits
-VARIANTS = ("on_chip", "scratch")
+VARIANTS = ("on_chip", "pinned", "scratch")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LANES, WARPS = (16, 32), (4, 8)  # what may be asked for, and is tried in tuning; Triton's products need 16 samples
 MIB = 2**20
@@ -83,7 +85,7 @@ class Plan:
     Attributes:
         variant: of VARIANTS.
         programs: how many; each takes every programs-th tile of shape.lanes samples.
-        shape: the kernel's constants; of the on_chip variant, lanes and warps alone.
+        shape: the kernel's constants; of chains, lanes and warps alone.
         precision: of the products' operands.
         reason: in words, why this and nothing else.
     """
@@ -104,12 +106,23 @@ def plan(compiled: Compiled, batch: int, limits: Limits, wanted: Options) -> Pla
     _check(wanted)
     if limits.architecture < min(ARCHITECTURES):
         return f"the Triton kernels need compute capability 8.0; this GPU has {limits.architecture / 10:.1f}"
-    why_not = _not_on_chip(compiled, wanted)
-    if wanted.variant == "on_chip" and compiled.program is not None and why_not:
-        return f"the on_chip variant runs chains of narrow layers: {why_not}"
-    if wanted.variant != "scratch" and why_not is None:
+    not_on_chip, pinned = _not_on_chip(compiled, wanted), _pinned(compiled, batch, limits, wanted)
+    if wanted.variant == "on_chip" and compiled.program is not None and not_on_chip:
+        return f"the on_chip variant runs chains of narrow layers: {not_on_chip}"
+    if wanted.variant == "pinned" and compiled.program is not None and isinstance(pinned, str):
+        return f"the pinned variant runs chains of linear layers in shared memory: {pinned}"
+    if wanted.variant in (None, "on_chip") and not_on_chip is None:
         return _on_chip(batch, wanted)
-    return _scratch(compiled.code, batch, limits, wanted, why_not if wanted.variant is None else "asked for")
+    proved = triton_pinned.is_proved(limits.architecture, wanted.precision)
+    if isinstance(pinned, Plan) and (wanted.variant == "pinned" or (wanted.variant is None and proved)):
+        return pinned
+    why = not_on_chip if wanted.variant is None else "asked for"
+    if isinstance(pinned, Plan) and wanted.variant is None:
+        why = (
+            f"{not_on_chip}; no GPU of compute capability {limits.architecture / 10:.1f} has proved the pinned variant, which runs where "
+            "options(variant='pinned') asks for it"
+        )
+    return _scratch(compiled.code, batch, limits, wanted, why)
 
 
 def _not_on_chip(compiled: Compiled, wanted: Options) -> str | None:
@@ -122,6 +135,20 @@ def _on_chip(batch: int, wanted: Options) -> Plan:
     tiles = -(-batch // triton_chain.LANES)
     reason = f"on_chip variant: {triton_chain.LANES} samples in each of {tiles} programs, all nodes in registers for all steps"
     return Plan("on_chip", tiles, Shape(triton_chain.LANES, triton_chain.WARPS), wanted.precision, reason)
+
+
+def _pinned(compiled: Compiled, batch: int, limits: Limits, wanted: Options) -> Plan | str:
+    if not limits.shared_bytes:
+        return "it is written in Gluon, which Triton's interpreter does not run"
+    found = triton_pinned.plan_of_code(compiled, limits.shared_bytes, wanted.lanes, wanted.warps)
+    if isinstance(found, str):
+        return found
+    tiles = -(-batch // found.lanes)
+    reason = (
+        f"pinned variant: {found.lanes} samples in each of {tiles} programs of {found.warps} warps, all nodes in "
+        f"{found.shared_bytes / KIB:.1f} KiB of shared memory for all steps, weights from L2"
+    )
+    return Plan("pinned", tiles, Shape(found.lanes, found.warps), wanted.precision, reason)
 
 
 def _scratch(code: Code, batch: int, limits: Limits, wanted: Options, why: str | None) -> Plan:

@@ -42,6 +42,7 @@ ACTIVATIONS = {
     "leaky": lambda: nn.LeakyReLU(0.2),
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "hardtanh": nn.Hardtanh,
+    "silu": nn.SiLU,
     "affine": nn.Identity,
 }
 

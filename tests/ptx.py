@@ -44,14 +44,25 @@ def _parts(name: str, kind: Any) -> list[str]:
 def loops(ptx: str) -> list[list[str]]:
     """The lines of each outermost loop: from a label to the last branch back to it."""
     lines = [line.strip() for line in ptx.splitlines()]
+    found = _spans(lines)
+    return [lines[a : b + 1] for a, b in found if not any(c < a and b <= d for c, d in found)]
+
+
+def innermost(lines: Sequence[str]) -> list[Sequence[str]]:
+    """Of those with no loop inside, the lines of each."""
+    found = _spans(lines)
+    return [lines[a : b + 1] for a, b in found if not any(a < c and d <= b for c, d in found)]
+
+
+def _spans(lines: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each loop begins and ends. A branch may leave the lines."""
     labels = {found[1]: k for k, line in enumerate(lines) if (found := _LABEL.match(line))}
     ends: dict[int, int] = {}
     for k, line in enumerate(lines):
         found = _BRANCH.search(line)
-        if found and labels[found[1]] <= k:
+        if found and labels.get(found[1], k + 1) <= k:
             ends[labels[found[1]]] = k
-    outermost = [(first, last) for first, last in ends.items() if not any(a < first and last <= b for a, b in ends.items())]
-    return [lines[first : last + 1] for first, last in outermost]
+    return list(ends.items())
 
 
 def sources(ptx: str, names: Sequence[str]) -> Sources:

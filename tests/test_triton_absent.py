@@ -20,7 +20,7 @@ except pck.Unsupported as error:
 else:
     raise AssertionError("nothing was refused")
 pck.PCNetwork(torch.nn.Linear(4, 2), pck.Strict(2, 0.1)).backward(x, target)
-import pckernels.triton, pckernels.triton.ahead_of_time, pckernels.triton_chain, pckernels.triton_planner
+import pckernels.triton, pckernels.triton.ahead_of_time, pckernels.triton_chain, pckernels.triton_pinned, pckernels.triton_planner
 """
 
 

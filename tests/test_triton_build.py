@@ -13,6 +13,8 @@ import pytest
 from pckernels.triton import ahead_of_time
 from pckernels.triton.ahead_of_time import Build, Result
 
+from pckernels.triton_pinned import SUM_BYTES, Plan, plan_pinned
+
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = util.find_spec("triton") is not None
 Results = dict[str, Result]
@@ -51,7 +53,13 @@ PLANNED = {
     "bf16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
     "fp16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
 }
-CHAINS = [build for build in ahead_of_time.builds() if build.name.startswith("relax_mlp")] if INSTALLED else []
+
+
+def builds_of(kernel: str) -> list[Build]:
+    return [build for build in ahead_of_time.builds() if build.name.split()[0] == kernel] if INSTALLED else []
+
+
+CHAINS, PINNED = builds_of("relax_mlp"), builds_of("relax_mlp_pinned")
 
 
 @pytest.mark.parametrize("build", CHAINS, ids=lambda build: build.name)
@@ -72,6 +80,40 @@ def test_a_chain_stays_on_the_chip(build: Build, architecture: str, compiled: Re
     stored = [access.arguments for access in found if access.store]
     # One number for each layer; under fixed prediction the loss stays as it was.
     assert stored == [{"energies"}] * (layers if build.constants["VALUES_MOVE"] else layers - 1)
+
+
+@pytest.mark.parametrize("build", PINNED, ids=lambda build: build.name)
+@pytest.mark.parametrize("architecture", list(ahead_of_time.ARCHITECTURES))
+def test_a_pinned_chain_stays_in_shared_memory(build: Build, architecture: str, compiled: Results) -> None:
+    """In the loop over steps: of global memory nothing but weights, energies and once the feed-forward losses. In the loops of products no
+    barrier, and nothing stored: a warp reads what it multiplies at its own pace."""
+    result = compiled[f"{build.name} {architecture}"]
+    of = ptx.sources(result.ptx, ptx.parameters(build.kernel.arg_names, build.signature))
+    (steps,) = [loop for loop in ptx.loops(result.ptx) if any("energies" in access.arguments for access in ptx.accesses(loop, of))]
+    products = set(re.findall(r"\b(?:wg)?mma\.[\w.]+", "\n".join(steps)))
+    assert products == ({PLANNED[build.constants["PRECISION"]]} if build.mma else set())
+
+    strict, layers = build.constants["VALUES_MOVE"], len(build.constants["WIDTHS"])
+    found = ptx.accesses(steps, of)
+    assert set().union(*(a.arguments for a in found if not a.store)) == {f"weights[{k}]" for k in range(1, layers)}
+    stored = [name for access in found if access.store for name in access.arguments]
+    assert set(stored) == ({"energies", "losses"} if strict else {"energies"})
+    assert stored.count("energies") == (layers if strict else layers - 1)
+
+    free = [loop for loop in map("\n".join, ptx.innermost(steps)) if "ld.global" in loop and not re.search(r"\bst\.|\bbar\.", loop)]
+    widths, columns = build.constants["WIDTHS"], build.constants["COLUMNS"]
+    read = [*widths[1:], *(widths[:-1] if strict else ())]  # by the feedback, and by the predictions
+    assert len(free) == sum(width > columns for width in read)  # one of a single block is no loop
+
+
+@pytest.mark.parametrize("build", PINNED, ids=lambda build: build.name)
+@pytest.mark.parametrize("architecture", list(ahead_of_time.ARCHITECTURES))
+def test_a_pinned_chain_takes_the_shared_memory_of_its_plan(build: Build, architecture: str, compiled: Results) -> None:
+    strict = build.constants["VALUES_MOVE"]
+    plan = plan_pinned(build.constants["WIDTHS"], strict, build.constants["MOMENTUM"], ahead_of_time.SHARED_BYTES[architecture])
+    assert isinstance(plan, Plan)
+    taken = compiled[f"{build.name} {architecture}"].resources["shared"]
+    assert plan.shared_bytes - SUM_BYTES < taken <= plan.shared_bytes
 
 
 LOOP = """

@@ -148,6 +148,8 @@ def test_refusals_are_sentences(backend: str) -> None:
     wide = pck.PCNetwork(nn.Sequential(nn.Linear(3, 200), nn.Tanh(), nn.Linear(200, 2)), pck.Strict(2, 0.1), backend=backend)
     with triton.options(variant="on_chip"), pytest.raises(pck.Unsupported, match="a layer of 200 nodes does not fit in registers"):
         wide.infer(x, target)
+    with triton.options(variant="pinned"), pytest.raises(pck.Unsupported, match="in Gluon, which Triton's interpreter does not run"):
+        wide.infer(x, target)
     with pytest.raises(pck.Unsupported, match="it runs float32 on the CPU in Triton's interpreter; this call has torch"):
         pck.PCNetwork(nn.Linear(3, 2).double(), pck.Strict(2, 0.1), backend=backend).infer(x.double(), target.double())
 

@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("local_update", "relax", "relax_mlp", "step_update", "tables")
+MODULES = ("local_update", "relax", "relax_mlp", "relax_mlp_pinned", "step_update", "tables")
 BUDGET = Path(__file__).parent / "budget.json"
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # what a block may opt into
@@ -86,6 +86,7 @@ def compile_build(build: Build, architecture: str) -> Result:
 
 def _source(build: Build) -> Any:
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = build.kernel.arg_names
     signature = {name: build.signature.get(name, "constexpr") for name in names}
@@ -93,7 +94,8 @@ def _source(build: Build) -> Any:
     if missing or len(build.signature) + len(build.constants) != len(names):
         raise ValueError(f"{build.name}: signature and constants must name each argument of the kernel once; missing: {missing}.")
     aligned = [path for name, kind in signature.items() if name not in build.apart for path in _pointers(names.index(name), kind)]
-    return ASTSource(build.kernel, signature, constexprs=dict(build.constants), attrs={path: [["tt.divisibility", 16]] for path in aligned})
+    kind = GluonASTSource if build.kernel.is_gluon() else ASTSource
+    return kind(build.kernel, signature, constexprs=dict(build.constants), attrs={path: [["tt.divisibility", 16]] for path in aligned})
 
 
 def _pointers(place: int, kind: Any) -> list[tuple[int, ...]]:

@@ -26,7 +26,7 @@ from pckernels.planner import Limits
 from pckernels.triton_planner import Options, Plan, plan
 
 options = Scope(Options)
-INTERPRETED = Limits(80, 0, 2)  # what the interpreter plans for: two programs, so that one takes several tiles
+INTERPRETED = Limits(80, 0, 2)  # what the interpreter plans for: no shared memory, and two programs, so that one takes several tiles
 
 
 def interpreted() -> bool:
@@ -96,6 +96,9 @@ def launch(compiled: Compiled, memory: Packed, batch: int, factor: float) -> Non
     with _on(device):
         if found.variant == "on_chip":
             kernels("relax_mlp").run(compiled, memory, batch, factor, found.precision, found.shape.lanes)
+        elif found.variant == "pinned":
+            shape, room = found.shape, limits(device).shared_bytes
+            kernels("relax_mlp_pinned").run(compiled, memory, batch, factor, room, found.precision, shape.lanes, shape.warps)
         else:
             _Launch(compiled, memory, batch, found).run(factor)
 
