@@ -12,11 +12,12 @@ from itertools import accumulate
 from pckernels.compiler import Compiled
 from pckernels.planner import KIB
 from pckernels.rules import Dynamics
-from pckernels.triton_chain import LANES, WARPS, chain_of_code
+from pckernels.triton_chain import chain_of_code
 
 # Architectures (90 for compute capability 9.0) on which tests/test_triton_gpu.py has run the kernel and found it right, and
 # bench/gpu_triton.py has found it faster than the scratch variant, by the operands' precision. None yet: it runs where it is asked for.
 PROVED: Mapping[str, frozenset[int]] = {}
+LANES, WARPS = 16, 8  # unless others are asked for. Nobody has timed them on a GPU yet: bench/gpu_tune.py --variant pinned does
 WARP_COLUMNS = 8  # of a block, that one warp has: those of one instruction of a tensor core
 CHUNK = {"fp32": 16, "tf32": 32, "fp16": 32, "bf16": 32}  # rows of a weight that are multiplied at a time, at most a block's columns
 SUM_BYTES = 2 * KIB  # shared memory beside the arrays: sums pass through it from warp to warp

@@ -312,11 +312,12 @@ class Emulated:
     """In the place of a kernel: kernel[grid](*arguments, **constants), on tensors of the CPU."""
 
     def __init__(self, module: ModuleType, name: str, edits: Edits = ()) -> None:
-        self.program, self.runs = Program(), 0
+        self.program, self.runs, self.warps = Program(), 0, 0
         self.kernel = source_of(module, Language(self.program), {}, edits)[name]
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*arguments: Any, num_warps: int, maxnreg: int, **constants: Any) -> None:
+            self.warps = num_warps
             for number in range(grid[0]):
                 self.program.number, self.program.shared_bytes = number, 0
                 self.program.touched.clear()
