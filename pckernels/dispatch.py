@@ -23,16 +23,18 @@ class Support:
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend: whether it is here, why it would refuse a call (None: it would not), and how it runs one."""
+    """A backend: whether it is here, why it would refuse a call (None: it would not), how it runs one, and why "auto" would leave one that
+    it can run to the next (None: it would not)."""
 
     support: Support
     refusal: Callable[[Call], str | None]
     run: Run
+    reluctance: Callable[[Call], str | None] = lambda call: None
 
 
 _BACKENDS: dict[str, Backend] = {
     "reference": Backend(Support(True, "pure PyTorch, on any device and in any floating dtype"), lambda call: None, reference.run),
-    "host": Backend(Support(*host.availability()), host.refusal, host.run),
+    "host": Backend(Support(*host.availability()), host.refusal, host.run, host.reluctance),
     "graph": Backend(Support(*graph.availability()), graph.refusal, graph.run),
     "triton": Backend(Support(*triton.availability()), triton.refusal, triton.run),
     "cuda": Backend(Support(*cuda.availability()), cuda.refusal, cuda.run),
@@ -74,7 +76,7 @@ def choose(name: str, call: Call) -> tuple[str, Run, str]:
     refusals: list[str] = []
     for candidate in _ORDER:
         backend = _BACKENDS[candidate]
-        refusal = backend.refusal(call) if backend.support.ok else None
+        refusal = backend.refusal(call) or backend.reluctance(call) if backend.support.ok else None
         if backend.support.ok and refusal is None:
             return candidate, backend.run, "; ".join(refusals)
         if refusal is not None:

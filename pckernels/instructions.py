@@ -87,6 +87,14 @@ class Op(enum.IntEnum):
     MOVE_WEIGHTS = 32  # every weight that learns += f0 / divisor * what its gradient has gained since the last time
 
 
+CONVOLUTIONS = (Op.CONV, Op.CONV_T, Op.CONV_LEARN)
+
+
+def convolution_multiply_adds(p: Sequence[int]) -> int:
+    """Of one sample, in one of CONVOLUTIONS with these parameters."""
+    return p[3] * p[13] * p[14] * (p[0] // p[12]) * p[4] * p[5]
+
+
 # Row by row: what happens to a row of n depends on the same row of every operand. A team shares out n rows in one way only, so that of two
 # such instructions over the same n a thread has the same rows: between them no barrier is needed for arrays that begin at the same row.
 ROWWISE = frozenset({Op.FILL, Op.ACT, Op.ACT_CHANGE, Op.ACT_GRAD, Op.ADD, Op.MUL, Op.MUL_CHANGE, Op.MUL_GRAD})

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pckernels import sharding
-from pckernels.instructions import Code, Instruction, Op, Phase
+from pckernels.instructions import CONVOLUTIONS, Code, Instruction, Op, Phase, convolution_multiply_adds
 
 KIB = 1024
 THREADS = 256  # of a block
@@ -335,9 +335,8 @@ class Choice:
             return MEETING
         if i.op is Op.GATHER:
             return barrier + i.n * self.lanes * 4 / PEER_BYTES
-        if i.op in (Op.CONV, Op.CONV_T, Op.CONV_LEARN):
-            work = i.p[3] * i.p[13] * i.p[14] * (i.p[0] // i.p[12]) * i.p[4] * i.p[5]
-            return barrier + CONV_COST * work * self.lanes / FMAS
+        if i.op in CONVOLUTIONS:
+            return barrier + CONV_COST * convolution_multiply_adds(i.p) * self.lanes / FMAS
         rows = i.n if sharding.runs_whole(i) else _share(i.n, self.cluster)
         return barrier + ELEMENT_COST * rows * self.lanes / FMAS
 

@@ -51,6 +51,26 @@ def test_every_rule_on_every_model(name: str, rule: pck.rules.Rule) -> None:
     compare(model.build(), rule, model.shape, model.target, 17)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize(
+    "rule",
+    [pck.Strict(60, 0.1, momentum=0.5, tolerance=1e-2), pck.Incremental(6, 0.1, 0.05, momentum=0.5)],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_samples_that_rest_and_weights_that_move(name: str, rule: pck.rules.Rule) -> None:
+    """In float64, where both sides let a sample rest after the same step."""
+    model = backends.MODELS[name]
+    module = model.build().double()
+    ours = pck.PCNetwork(copy.deepcopy(module).cuda(), rule, backend="graph")
+    plain = pck.PCNetwork(module, rule, backend="reference")
+    for call in range(4):
+        torch.manual_seed(call)
+        x, y = torch.randn(9, *model.shape).double(), torch.randn(9, *model.target).double()
+        found, expected = backends.run(ours, rule, "squared_error", x.cuda(), y.cuda()), backends.run(plain, rule, "squared_error", x, y)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key].cpu(), value, rtol=1e-9, atol=1e-11, msg=key)
+
+
 def test_vgg5_which_no_chip_holds() -> None:
     channels = (3, 128, 256, 512, 512)
     blocks = [layer for a, b in pairwise(channels) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.GELU(), nn.MaxPool2d(2))]
