@@ -75,9 +75,9 @@ for tool in memcheck racecheck synccheck initcheck; do
   part "$tool" 25 bash -c 'sanitize "$1"' _ "$tool"
 done
 part benchmark 65 "$PYTHON" bench/gpu_step.py --out "$OUT/gpu_step.json" --limit 50
-part triton-tests 75 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton_gpu.py tests/test_triton_step.py \
+part triton-tests 105 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton_gpu.py tests/test_triton_step.py \
   tests/test_triton_chain.py tests/test_triton_kernels.py --junitxml="$OUT/triton-tests.xml"
-part triton-benchmark 45 "$PYTHON" bench/gpu_triton.py --out "$OUT/gpu_triton.json" --limit 30
+part triton-benchmark 65 "$PYTHON" bench/gpu_triton.py --out "$OUT/gpu_triton.json" --limit 45
 
 # The table of the registry, for as long as the nine minutes allow: cases that are left out are named in it.
 left=$((530 - SECONDS))
