@@ -1,6 +1,7 @@
 """Triton's kernels beside the CUDA engine and a PyTorch loop captured in a CUDA graph: `python bench/gpu_triton.py --out triton.json`.
 
-Strict inference, T = 20, then the local updates, of an MLP that fits on the chip and of one that does not, at batches from 1 to 8192:
+Strict inference, T = 20, then the local updates, of an MLP that fits in registers and of one that does not, by each kind of Triton kernel
+that can run it (pckernels/triton_planner.py), at batches from 1 to 8192:
 kernels alone, over the memory of one call, captured in a CUDA graph. Milliseconds: the median of the repetitions and the middle 80 %. The
 loop is that of pckernels/benchmarks/eager.py, as one would write it, with float32 products or TF32 ones. Before anything is timed, its
 gradients are held against those of the loop in float64.
@@ -29,6 +30,7 @@ from pckernels.benchmarks import eager
 BATCHES = (1, 8, 64, 512, 4096, 8192)
 STEPS, RATE = 20, 0.1
 MODELS = {"MLP 784-300-300-10": (784, 300, 300, 10), "MLP 784-64-64-10": (784, 64, 64, 10)}
+VARIANTS = {"MLP 784-300-300-10": ("pinned", "scratch"), "MLP 784-64-64-10": ("on_chip", "pinned", "scratch")}
 PRECISIONS = ("fp32", "tf32", "bf16")
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton}
 TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1}  # of gradients: one sample on the other side of a kink is 2e-4 already
@@ -63,15 +65,15 @@ def of_loop(module: nn.Sequential, x: Tensor, target: Tensor, seconds: float) ->
             torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def of_backend(name: str, module: nn.Sequential, x: Tensor, target: Tensor, seconds: float) -> Iterator[dict[str, Any]]:
+def of_backend(name: str, module: nn.Sequential, x: Tensor, target: Tensor, seconds: float, **options: str) -> Iterator[dict[str, Any]]:
     exact, backend = exact_gradients(module, x, target), BACKENDS[name]
     network = pck.PCNetwork(module, pck.Strict(STEPS, RATE), backend=name)
     for precision in PRECISIONS:
-        with backend.options(precision):
+        with backend.options(precision, **options):
             kernels = kernels_of(backend, network, x, target)
             found = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
             off = error(found, exact, float(len(x)))  # PCNetwork divides by the batch
-            row = checked(f"{name}, {precision}, kernels in a CUDA graph", off, precision)
+            row = checked(", ".join((name, *options.values(), precision, "kernels in a CUDA graph")), off, precision)
             yield row | {"plan": network.infer(x, target).plan} | milliseconds(captured(kernels), seconds)
 
 
@@ -96,7 +98,9 @@ def cases(model: str, batch: int, seconds: float) -> list[dict[str, Any]]:
     for name in BACKENDS:
         support = pck.backends()[name]
         if support.ok:
-            rows += attempted(of_backend(name, module, x, target, seconds), case, name)
+            for options in [{"variant": variant} for variant in VARIANTS[model]] if name == "triton" else [{}]:
+                found = of_backend(name, module, x, target, seconds, **options)
+                rows += attempted(found, case, " ".join((name, *options.values())))
         else:
             rows.append({**case, "method": name, "ok": name != "triton", "error": support.reason})
     return rows
@@ -104,7 +108,7 @@ def cases(model: str, batch: int, seconds: float) -> list[dict[str, Any]]:
 
 def line(row: dict[str, Any]) -> str:
     found = f"{row['median']:10.4f} ms  off by {row['relative_error']:.1e}" if "median" in row else row["error"]
-    return f"{row['model']:20} {row['batch']:5}  {row['method']:42} {found}"
+    return f"{row['model']:20} {row['batch']:5}  {row['method']:48} {found}"
 
 
 def main() -> int:

@@ -125,13 +125,16 @@ def assert_as_good(name: str, activation: str, rule: pck.rules.Rule, batch: int,
 # The code by itself
 
 
-def code_of(name: str, activation: str, rule: pck.rules.Rule, learn: bool = True) -> tuple[Compiled, nn.Module]:
+def code_of(
+    name: str, activation: str, rule: pck.rules.Rule, learn: bool = True, loss: Loss = Loss.SQUARED_ERROR
+) -> tuple[Compiled, nn.Module]:
     net = module(SIZES[name], activation)
     network = pck.PCNetwork(net, rule)
     network.trace(torch.randn(2, SIZES[name][0]))
     program = lower(network.graph)
     learning = frozenset(info.name for info in program.weights) if learn else frozenset()
-    return compile_steps(program, network.graph, rule.dynamics, {"output": Objective(Loss.SQUARED_ERROR)}, learning), net
+    objective = Objective(loss, SIZES[name][-1] if loss is Loss.CROSS_ENTROPY else 0)
+    return compile_steps(program, network.graph, rule.dynamics, {"output": objective}, learning), net
 
 
 def memory_of(compiled: Compiled, net: nn.Module, batch: int, dtype: torch.dtype, device: str = "cpu") -> Memory:

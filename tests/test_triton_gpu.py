@@ -58,7 +58,25 @@ def test_ragged_widths(width: int) -> None:
     assert_as_good(f"mlp{width}", pck.Strict(8, 0.1), 15)
 
 
-@pytest.mark.parametrize("variant", ["on_chip", "scratch"])
+PINNED = [pck.Strict(8, 0.1), pck.Strict(64, 0.05, momentum=0.5), pck.FixedPrediction(8, 0.3, solver="iterate")]
+
+
+@pytest.mark.parametrize("rule", PINNED, ids=lambda rule: str(rule).replace(" ", ""))
+def test_chains_pinned_in_shared_memory(rule: pck.rules.Rule) -> None:
+    """What puts an architecture into PROVED of pckernels/triton_pinned.py, with test_precisions, if it is fast: bench/gpu_triton.py."""
+    with triton.options(variant="pinned"):
+        assert_as_good("mlp129", rule, 17)
+
+
+@pytest.mark.parametrize("loss", ["squared_error", "cross_entropy"])
+def test_ragged_batches_of_pinned_chains(loss: str) -> None:
+    """One kernel for all of them."""
+    with triton.options(variant="pinned"):
+        for batch in (0, 1, 15, 16, 33, 5000):
+            assert_as_good("mlp", pck.Strict(3, 0.1, momentum=0.5), batch, loss)
+
+
+@pytest.mark.parametrize("variant", ["on_chip", "pinned", "scratch"])
 @pytest.mark.parametrize("precision", list(UNIT))
 def test_precisions(variant: str, precision: str) -> None:
     """Near the float32 answer, by no more than rounded operands explain. (No kinks: a value beyond one is no rounding.)"""
@@ -82,14 +100,22 @@ def test_hidden_errors_start_at_zero_bit_for_bit() -> None:
 
 
 def test_two_runs_are_equal_bit_for_bit() -> None:
-    for name in ("mlp", "mlp10", "cnn", "lstm"):
+    for name, variant in (("mlp", None), ("mlp", "pinned"), ("mlp10", None), ("cnn", None), ("lstm", None)):
         x, target = backends.data(name, 300, "squared_error")
-        first, second = (on_gpu(backends.networks(name)[1], pck.Strict(6, 0.1, momentum=0.5), "squared_error", x, target) for _ in range(2))
+        with triton.options(variant=variant):
+            first, second = (
+                on_gpu(backends.networks(name)[1], pck.Strict(6, 0.1, momentum=0.5), "squared_error", x, target) for _ in range(2)
+            )
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ["mlp10", "mlp"])
-def test_launched_without_waiting_and_captured_in_a_cuda_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "variant"), [("mlp10", "on_chip"), ("mlp", "pinned"), ("mlp", "scratch")])
+def test_launched_without_waiting_and_captured_in_a_cuda_graph(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with triton.options(variant=variant):
+        launch_and_capture(name, monkeypatch)
+
+
+def launch_and_capture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
     launch = triton.launch
 

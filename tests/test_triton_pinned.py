@@ -18,7 +18,7 @@ import pckernels as pck
 from pckernels import dispatch, interpreter, triton_pinned
 from pckernels.backends import triton
 from pckernels.compiler import Compiled
-from pckernels.instructions import ABSENT, OuterProduct
+from pckernels.instructions import ABSENT, Loss, OuterProduct
 from pckernels.planner import Limits
 
 pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
@@ -74,7 +74,7 @@ RULES = {
     "momentum": lambda steps: pck.Strict(steps, 0.05, momentum=0.5),
     "fixed": lambda steps: pck.FixedPrediction(steps, 0.3, solver="iterate"),
 }
-STEPS = [("narrow", steps) for steps in (0, 1, 2, 8, 64)] + [(name, 4) for name in CHAINS if name != "narrow"]
+STEPS = [("narrow", steps) for steps in (0, 1, 2, 8)] + [(name, 4) for name in CHAINS if name != "narrow"]
 
 
 @pytest.mark.parametrize(("name", "steps"), STEPS)
@@ -84,10 +84,24 @@ def test_every_rule(name: str, rule: str, steps: int, chosen: Chosen) -> None:
     assert chosen.runs == 1
 
 
+def test_many_steps(chosen: Chosen) -> None:
+    assert_as_good("narrow", "sigmoid", pck.Strict(64, 0.1, momentum=0.3), 3)
+
+
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("rule", ["strict", "fixed"])
 def test_every_activation(activation: str, rule: str, chosen: Chosen) -> None:
     assert_as_good("narrow", activation, RULES[rule](3), 5)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_hidden_errors_start_at_zero_bit_for_bit(activation: str, emulated: Emulated) -> None:
+    compiled, net = code_of("ragged", activation, pck.Strict(0, 0.1))
+    memory = memory_of(compiled, net, 5, torch.float32)
+    run(compiled, memory, 5, 1.0)
+    errors = [tensor for place, tensor in zip(compiled.io, memory.io, strict=True) if place.kind == "error"]
+    assert len(errors) == 5 and errors[-1].any()
+    assert not any(error.any() for error in errors[:-1])
 
 
 @pytest.mark.parametrize("batch", [1, 15, 16, 33])
@@ -165,9 +179,8 @@ class Driver:
 
 
 @pytest.mark.skipif(triton.interpreted(), reason="TRITON_INTERPRET=1 is set, and the interpreter compiles nothing")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_launch_compiles(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the very arguments of a call, all but the launch itself."""
+def test_a_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the very arguments of a call, all but the launch itself. With the loss that the table of builds does not have."""
     kernel, compiled_for = relax_mlp_pinned.relax_mlp_pinned, []
 
     class Compiling:
@@ -176,9 +189,9 @@ def test_a_launch_compiles(precision: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(relax_mlp_pinned, "relax_mlp_pinned", Compiling())
     monkeypatch.setattr(relax_mlp_pinned.local_update, "learn", learned)
-    compiled, net = code_of("two", "tanh", RULES["momentum"](2))
+    compiled, net = code_of("two", "gelu", RULES["momentum"](2), loss=Loss.CROSS_ENTROPY)
     monkeypatch.setattr(driver, "_active", Driver())
-    run(compiled, memory_of(compiled, net, 17, torch.float32), 17, 1.0, precision=precision)
+    run(compiled, memory_of(compiled, net, 17, torch.float32), 17, 1.0, precision="bf16")
     plan = triton_pinned.plan_of_code(compiled, ROOM)
     assert isinstance(plan, triton_pinned.Plan)
     assert plan.shared_bytes - triton_pinned.SUM_BYTES <= compiled_for[0].metadata.shared <= plan.shared_bytes
