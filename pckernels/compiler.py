@@ -13,7 +13,7 @@ from pckernels.errors import Unsupported
 from pckernels.graph import ComputationGraph
 from pckernels.instructions import ABSENT, Code, Op, OuterProduct
 from pckernels.program import Node, Program, WeightInfo
-from pckernels.returns import Way
+from pckernels.returns import TRANSPOSED, Way
 from pckernels.rules import Dynamics
 from pckernels.schedule import error_groups, light_cone, steps_on, sweep_groups
 
@@ -367,7 +367,7 @@ def compile_sweep(
     plan: Plan,
     objectives: Mapping[str, Objective],
     learning: frozenset[str],
-    way: Way = Way(),  # noqa: B008
+    way: Way = TRANSPOSED,
 ) -> Compiled:
     """The T-step errors of fixed prediction by one backward sweep (backends/closed_form.py has the mathematics)."""
     emitter = Emitter(program, objectives, learning, live=False, way=way)

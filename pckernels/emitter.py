@@ -12,7 +12,7 @@ from pckernels.instructions import ABSENT, Code, Loss, Op, OuterProduct
 from pckernels.merging import merge_products
 from pckernels.ordering import order_loops
 from pckernels.program import PRODUCTS, Kind, Node, Program, Stage
-from pckernels.returns import Way
+from pckernels.returns import TRANSPOSED, Way
 from pckernels.stages import Operands
 
 
@@ -86,7 +86,7 @@ class Emitter:
         learning: frozenset[str],
         live: bool,
         nudge: float = 1.0,
-        way: Way = Way(),  # noqa: B008
+        way: Way = TRANSPOSED,
         weighed: frozenset[str] = frozenset(),
     ):
         self.program, self.objectives, self.learning, self.live, self.nudge = program, objectives, learning, live, nudge

@@ -41,3 +41,6 @@ class Way:
         if stage.weight != ABSENT and self.own_weights:
             return replace(stage, weight=backward_weight(stage.weight))
         return stage
+
+
+TRANSPOSED = Way()

@@ -159,9 +159,10 @@ class Binding:
     def _factor(self, name: str) -> Tensor:
         """Of each element of a weighed node, for each sample."""
         assert self.weighing is not None
-        factor = torch.as_tensor(self.weighing.factor(name), dtype=self.dtype, device=self.device)
-        shape = self.program.shapes[name]
-        of_sample = factor.reshape(()).expand(shape) if factor.numel() == 1 else factor.expand(shape)
+        factor, shape = self.weighing.factor(name), self.program.shapes[name]
+        if not isinstance(factor, Tensor):  # made where it is read: nothing waits for a copy
+            return torch.full((self.batch, numel(shape)), factor, dtype=self.dtype, device=self.device)
+        of_sample = (factor.reshape(()) if factor.numel() == 1 else factor).to(self.dtype).expand(shape)
         return of_sample.reshape(1, -1).expand(self.batch, -1).contiguous()
 
     def _source(self, place: Place) -> Tensor:

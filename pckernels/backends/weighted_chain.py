@@ -25,7 +25,7 @@ def coefficients_on(
     """Vertex of a graph of chains -> its c_k(t) at t = 0 .. steps, in float64; `precisions`: one number for each vertex that has one."""
     names = [vertex.name for vertex in graph.vertices]
     place = {name: k for k, name in enumerate(names)}
-    pi = torch.stack([torch.as_tensor(precisions.get(name, 1.0), dtype=torch.float64, device=device).reshape(()) for name in names])
+    pi = torch.stack([_number(precisions.get(name, 1.0), device) for name in names])
     is_output = torch.tensor([name in graph.outputs for name in names], device=device)
     child = torch.tensor([place[graph.children[name][0]] if graph.children[name] else place[name] for name in names], device=device)
     c, pace = is_output.double(), rate * pi
@@ -34,6 +34,12 @@ def coefficients_on(
         c = torch.where(is_output, c, c + pace * (c[child] - c))
         rows.append(c)
     return dict(zip(names, torch.stack(rows, 1), strict=True))
+
+
+def _number(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64).reshape(())
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def weighted_sweep(bound: Bound, call: Call) -> Outcome:
