@@ -11,6 +11,7 @@ from typing import Any
 from .errors import Unsupported
 
 FLOOR = 1e-17  # an error of exactly 0 has no place on a log axis; it is drawn here
+CLOSE = 7.0  # points below the first learner that a closer look at accuracies takes in
 LEGEND = 10  # more vertices than this are told apart by colour alone, first and last named
 
 
@@ -97,23 +98,30 @@ def gradient_quality(path: str | Path, points: Mapping[str, Mapping[str, tuple[i
 def accuracies(path: str | Path, found: Mapping[str, Sequence[float]], title: str = "") -> None:
     """Draw the accuracy of every run of each learner as a dot, and their mean as a line, as a PNG; the first learner's mean goes through.
 
+    Where some lie far from the first learner, a second panel shows those near it.
+
     Args:
         found: learner -> accuracies in [0, 1], one for each seed.
     """
-    figure = blank_figure(7.5, 1.5 + 0.35 * len(found))
-    axes = figure.subplots()
-    for row, values in enumerate(found.values()):
-        axes.plot([100 * value for value in values], [row] * len(values), "o", color="C0", fillstyle="none", markersize=6)
-        mean = 100 * sum(values) / len(values)
-        axes.plot([mean, mean], [row - 0.3, row + 0.3], color="C3", linewidth=2)
-        if row == 0:
-            axes.axvline(mean, color="C3", linewidth=0.8, alpha=0.5)
-    axes.set_yticks(range(len(found)), list(found))
-    axes.invert_yaxis()
-    axes.set_xlabel("test accuracy, %: a circle for each seed, a bar for the mean")
-    axes.set_title(title, fontsize="medium")
-    axes.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=120)
+    points = {name: [100 * value for value in values] for name, values in found.items()}
+    means = [sum(values) / len(values) for values in points.values()]
+    low, high = means[0] - CLOSE, means[0] + 0.4 * CLOSE
+    far = any(not low < value < high for values in points.values() for value in values)
+    figure = blank_figure(10 if far else 7.5, 1.5 + (0.27 if far else 0.35) * len(found))
+    panels = figure.subplots(1, 1 + far, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.axvline(means[0], color="C3", linewidth=0.8, alpha=0.5)
+        for row, (values, mean) in enumerate(zip(points.values(), means, strict=True)):
+            axes.plot(values, [row] * len(values), "o", color="C0", fillstyle="none", markersize=6)
+            axes.plot([mean, mean], [row - 0.3, row + 0.3], color="C3", linewidth=2)
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.grid(alpha=0.3, axis="x")
+    if far:
+        panels[1].set_xlim(low, high)
+    figure.supxlabel("test accuracy, %: a circle for each seed, a bar for the mean", fontsize="medium")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=100)
 
 
 def image_rows(path: str | Path, rows: Mapping[str, Sequence[Any]], title: str = "", signed: bool = False) -> None:

@@ -99,6 +99,23 @@ def test_the_table_runs_on_digits(tmp_path: Path) -> None:
     assert pictures(tmp_path) == {"mnist-table.png"}
 
 
+def test_the_table_says_who_is_within_a_point_of_backprop() -> None:
+    import mnist_table
+
+    found = {"backprop": [0.95, 0.93], "FixedPrediction": [0.94, 0.925], "Strict": [0.94, 0.90], "Incremental": [0.97, 0.98]}
+    found |= {"ErrorOptimization": [0.95, None], "ZeroDivergence, random feedback": [0.5, 0.5]}
+    rows = [{"name": name, "accuracies": values, "chosen": {"lr": 0.1}, "command": name} for name, values in found.items()]
+    page = "\n".join(mnist_table.markdown(rows, "a title"))
+    lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
+    assert "| 94.00% ± 1.41% | +0.00 |" in lines["backprop"]
+    assert "| -0.75 | 2006.04182: kept |" in lines["FixedPrediction"] and "| +3.50 | 2212.00720: kept |" in lines["Incremental"]
+    assert "| -2.00 | Whittington & Bogacz 2017: not kept |" in lines["Strict"]
+    assert "| 95.00% ± 0.00%; 1 of 2 diverged |  | 2505.20137: not kept |" in lines["ErrorOptimization"]
+    assert "| -44.00 |  |" in lines["ZeroDivergence, random feedback"]
+    after = page.split("![test accuracy")[0].split("\n\n", 3)[-1]
+    assert all(name in after for name in ("Strict", "ErrorOptimization", "random feedback")) and "Incremental" not in after.split("|")[-1]
+
+
 def test_the_commands_of_the_table_are_commands() -> None:
     """Each is parsed to the very configuration that was run."""
     import argparse
@@ -112,6 +129,6 @@ def test_the_commands_of_the_table_are_commands() -> None:
     train.add_arguments(parser)
     base = settings.complete(replace(mnist_table.BASE, data="mnist", batches=7, epochs=2))
     for row in mnist_table.ROWS:
-        _, _, *words = mnist_table.command(row, row.rates[0], base).split()
+        _, _, *words = mnist_table.command(row, row.choices[0], base).split()
         (config,) = train.configurations(parser.parse_args(words))
-        assert replace(config, threads=1) == mnist_table.config(row, base, row.rates[0], 0)
+        assert replace(config, threads=1) == mnist_table.config(row, base, row.choices[0], 0)
