@@ -38,11 +38,12 @@ RELAXATIONS: dict[str, dict[str, Any]] = {
     "all three learned": {"feedback": "learned", "derivative": False, "error_weights": "learned"},
 }
 MIXED = [name for name, relaxation in RELAXATIONS.items() if "error_weights" in relaxation]
-COURSE = """All rows see the same batches of a seed. The learning rate of a row is the better of two, and so is the rate of inference of
-rules that descend F: in one run of as many batches for each pair, tried on the last 5,000 training images, which that run leaves out. The
-test images choose nothing. Relaxed rules over Strict are given its rate, 0.05; ErrorOptimization that of its paper, 0.001, or 0.01 (of
-0.05 and 0.1 the better, 0.05, gave it 91.4 %). Incremental steps the optimizer at each of its T steps, so T times a batch, the other rows
-once.
+COURSE = """All rows see the same batches of a seed. The learning rate of a row is the best of two, or of the three of Relaxed over
+Strict, and so is the rate of inference of rules that descend F: in one run of as many batches for each choice, tried on the last 5,000
+training images, which that run leaves out. No test image has a say in that choice. The choices themselves were settled with test
+accuracies in sight: rate 0.05 beside 0.1 for the rules over Strict, the paper's 0.001 for ErrorOptimization (of 0.05 and 0.1 the better
+gave it 91.4 %, of 0.01 and 0.1 92.5 %), learning rate 0.0003 for Relaxed over Strict (without f' the larger ones end near 30 %), and
+T = 40 beside 20 for error weights. Incremental steps the optimizer at each of its T steps, so T times a batch, the other rows once.
 
 "Claimed" names a paper which says that the rule learns as well as backprop: kept where the mean is at most a point below backprop's."""
 
@@ -91,7 +92,7 @@ ROWS = (
     *relaxed_rows(ZERO, [name for name in RELAXATIONS if name not in MIXED[1:]], ZERO.choices),
     *relaxed_rows(FIXED, ["learned feedback", *MIXED], FIXED.choices, "2010.01047"),
     *relaxed_rows(LONGER, MIXED, FIXED.choices, "2010.01047"),
-    *relaxed_rows(STRICT, RELAXATIONS, pairs((1e-3, 3e-3), (0.05,)), "2010.01047"),
+    *relaxed_rows(STRICT, RELAXATIONS, pairs((3e-4, 1e-3, 3e-3), (0.05,)), "2010.01047"),
 )
 
 
