@@ -127,6 +127,8 @@ def refusal(call: Call) -> str | None:
         return "a loss of one's own, or as another code has it (match=), is a PyTorch function, which runs in the reference alone"
     if call.objective is not None and _follows_another_code(call.dynamics):
         return "match= follows another code's ways, which only the reference knows"
+    if call.objective is not None and call.dynamics.learn_at_each_step and (call.dynamics.has_own_feedback or call.extra.weighs_errors):
+        return "a relaxed rule or a precision, where weights move at every step, is for the reference alone"
     if call.objective is not None and (call.dynamics.has_own_feedback or call.dynamics.has_error_weights):
         return "a relaxed rule brings errors back, or compares values, by weights of its own, which only the reference does"
     if call.objective is not None and call.extra.weighs_errors:
