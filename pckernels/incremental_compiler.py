@@ -22,18 +22,9 @@ from pckernels.stages import Operands
 
 
 def compile_incremental(
-    program: Program,
-    graph: ComputationGraph,
-    dynamics: Dynamics,
-    objectives: Mapping[str, Objective],
-    learning: frozenset[str],
-    weighed: frozenset[str],
+    program: Program, graph: ComputationGraph, dynamics: Dynamics, objectives: Mapping[str, Objective], learning: frozenset[str]
 ) -> Compiled:
     """T steps of the values and of the weights that learn (backends/incremental.py has the mathematics)."""
-    if weighed or dynamics.has_own_feedback:
-        raise Unsupported(
-            "precisions, and feedback of a rule's own, in a rule whose weights move at every step are for the reference alone"
-        )
     _refuse_what_is_outside(program, graph, learning)
     emitter = _Whole(program, objectives, learning)
     steps = steps_on(graph, dynamics.steps)

@@ -197,12 +197,20 @@ def test_what_lies_outside_of_the_steps_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "options"),
-    [(RULES[0], {"precision": {"0": 2.0}}), (pck.Relaxed(RULES[0], "learned"), {}), (pck.Relaxed(RULES[0], derivative=False), {})],
+    [
+        (pck.Relaxed(RULES[0], "learned"), {}),
+        (pck.Relaxed(RULES[0], derivative=False), {}),
+        (RULES[0], {"precision": {"0": 2.0}}),
+        (RULES[0], {"precision": "learned"}),
+    ],
+    ids=str,
 )
-def test_precisions_and_backward_weights_are_refused(rule: pck.rules.Rule, options: dict[str, Any]) -> None:
-    network = pck.PCNetwork(MODELS["mlp"].build(), rule, backend="graph", **options)
-    with pytest.raises(pck.Unsupported, match="precisions, and feedback of a rule's own, in a rule whose weights move at every step"):
-        network.backward(*data("mlp", 3, "squared_error"))
+def test_what_else_would_move_is_refused(rule: pck.rules.Rule, options: dict[str, Any]) -> None:
+    module = MODELS["mlp"].build()
+    with pytest.raises(
+        pck.Unsupported, match="a relaxed rule or a precision, where weights move at every step, is for the reference alone"
+    ):
+        pck.PCNetwork(module, rule, backend="graph", **options).backward(*data("mlp", 3, "squared_error"))
 
 
 def test_engines_refuse_and_name_who_does_not() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from native_case import Case
 
-from pckernels.instructions import Code, Instruction, Op, OuterProduct, Phase
+from pckernels.instructions import Activation, Code, Instruction, Op, OuterProduct, Phase
 from pckernels.memory import Memory
 
 native = pytest.importorskip("pckernels._native", reason="the native engine is not built")
@@ -67,7 +67,7 @@ def program(
         (Instruction(Op.LINEAR, out=0, a=96, slot=0, p=(1, 5, 4)), "a = rows 96 to 100"),
         (Instruction(Op.LINEAR_T, out=97, a=0, slot=0, p=(1, 5, 4)), "out = rows 97 to 101"),
         (Instruction(Op.LINEAR, out=0, a=0, slot=0, p=(2**30, 5, 4)), "outside the arena"),
-        (Instruction(Op.ACT, n=1, out=0, a=0, p=(8,)), "no activation 8"),
+        (Instruction(Op.ACT, n=1, out=0, a=0, p=(len(Activation),)), f"no activation {len(Activation)}"),
         (Instruction(Op.ACT, n=1, out=0, p=(1,)), "a is missing"),
         (Instruction(Op.CONV, out=0, a=0, slot=0, p=(*CONV[:13], 5, 4)), "p13 = 5 should be 4"),
         (Instruction(Op.CONV, out=0, a=0, slot=0, p=CONV), "weight 0 has 20 elements where 54"),

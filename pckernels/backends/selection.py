@@ -67,7 +67,7 @@ def compiled(
             plan = make_plan(graph, dynamics, closed_form.plan_dtype(graph))
             return compile_sweep(program, graph, plan, dict(objectives), learning, Way.of(dynamics))
         if dynamics.learn_at_each_step:
-            return compile_incremental(program, graph, dynamics, dict(objectives), learning, weighed)
+            return compile_incremental(program, graph, dynamics, dict(objectives), learning)
         return compile_steps(program, graph, dynamics, dict(objectives), learning, gram, weighed)
     except Unsupported as error:
         return str(error)
@@ -137,6 +137,8 @@ def refusal(call: Call) -> str | None:
         return "a loss of one's own, or as another code has it (match=), is a PyTorch function, which runs in the reference alone"
     if call.objective is not None and _follows_another_code(call.dynamics):
         return "match= follows another code's ways, which only the reference knows"
+    if call.objective is not None and call.dynamics.learn_at_each_step and (call.dynamics.has_own_feedback or call.extra.weighs_errors):
+        return "a relaxed rule or a precision, where weights move at every step, is for the reference alone"
     if call.objective is not None and call.dynamics.has_error_weights:
         return "a rule with error weights compares values with mixtures of predictions, which only the reference does"
     if isinstance(call.objective, Target) and call.objective.known:
