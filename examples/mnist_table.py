@@ -103,14 +103,16 @@ def of(*names: str) -> tuple[str, ...]:
 
 # Why rows are not within a point of backprop.
 REASONS = {
-    """Backward weights start unaligned with the weights. Learned ones move as the weights do, step by step of Adam, so that their
-difference stays, and only its share falls as both grow. One epoch is short for that; the paper trains thirty.""": of(
-        "learned feedback", "random feedback", "learned feedback, no f'", "random feedback, no f'"
-    ),
+    """Backward weights start unaligned with the weights, and one epoch is short for them to meet. After ten epochs (one run each,
+20 steps at rate 0.01, learning rate 0.001) Strict has 96.8 %, with learned feedback 96.3 %, with random feedback 96.2 %; backprop
+has 97.5 %.""": of("learned feedback", "random feedback", "learned feedback, no f'", "random feedback, no f'"),
+    """The smaller learning rate is the gap: at 0.0003 Strict itself reaches 91.3 % (seed 0). At 0.001 Strict without f' ends at
+33.9 %: it is no descent of F, and unstable at rates that Strict still bears.""": (f"{STRICT.name}, no f'",),
     """Errors start at (1 - E) mu, of which 20 steps at rate 0.3 leave 0.7^20 = 0.0008. That is no less than the errors of images
 which are learned already, and Adam makes steps of any size out of it. 40 steps leave a thousandth of that.""": tuple(
         f"{FIXED.name}, {name}" for name in MIXED
     ),
+    """Feedback is without f' and by learned weights as well, which have had one epoch.""": (f"{LONGER.name}, all three learned",),
     """Errors are mostly (1 - E) mu after so few steps, which knows nothing of the target.""": tuple(
         f"{base.name}, {name}" for base in (ZERO, STRICT) for name in MIXED
     ),
