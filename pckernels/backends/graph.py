@@ -128,6 +128,7 @@ def _run_stages(machine: Machine, found: Layout, step_of: Callable[[Stage], Step
             step()
             rests = stops_early and stage.repeats and machine.rests
             if rests:
+                machine.stand_still()
                 break
 
 
