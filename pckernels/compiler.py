@@ -371,11 +371,7 @@ def compile_sweep(
 ) -> Compiled:
     """The T-step errors of fixed prediction by one backward sweep (backends/closed_form.py has the mathematics)."""
     emitter = Emitter(program, objectives, learning, live=False, way=way)
-    emitter.section(0, 0)
-    for node in program.nodes:
-        emitter.feed_forward(node)
-        emitter.store_value(node)
-        emitter.loss(node, at_start=True)
+    _begin_sweep(emitter)
     sweep = _Sweep(emitter, graph, plan)
     for node in reversed(program.nodes):
         sweep.visit(node)
@@ -384,17 +380,22 @@ def compile_sweep(
     return compiled
 
 
+def _begin_sweep(emitter: Emitter) -> None:
+    """The feed-forward pass, whose values a sweep leaves as they are."""
+    emitter.section(0, 0)
+    for node in emitter.program.nodes:
+        emitter.feed_forward(node)
+        emitter.store_value(node)
+        emitter.loss(node, at_start=True)
+
+
 def compile_weighed_sweep(
     program: Program, objectives: Mapping[str, Objective], learning: frozenset[str], way: Way, weighed: frozenset[str]
 ) -> Compiled:
     """The same on a chain with precisions (backends/weighted_chain.py): the errors that it stores are the deltas, and each weighed node
     learns from its delta times the factor that a call brings, c_k(T)."""
     emitter = Emitter(program, objectives, learning, live=False, way=way, weighed=weighed)
-    emitter.section(0, 0)
-    for node in program.nodes:
-        emitter.feed_forward(node)
-        emitter.store_value(node)
-        emitter.loss(node, at_start=True)
+    _begin_sweep(emitter)
     emitter.load_factors()
     reached = {emitter.errors[name] for name in objectives}
     deltas = {node.prediction: emitter.errors[node.name] for node in emitter.hidden}

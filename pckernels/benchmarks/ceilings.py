@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pckernels.benchmarks.ledger import CONVOLUTIONS, LINEAR, Count, Ledger, executions
+from pckernels.benchmarks.ledger import LINEAR, Count, Ledger, executions
 from pckernels.benchmarks.timing import milliseconds
 from pckernels.compiler import Compiled
-from pckernels.instructions import Op
+from pckernels.instructions import CONVOLUTIONS, Op
 
 SHAPES = ((64, 300, 300), (256, 512, 512), (1024, 1024, 1024))  # rows, inputs, outputs
 SHAPES_ON_GPU = (*SHAPES, (8192, 8192, 8192))

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pckernels.compiler import Compiled
-from pckernels.instructions import ABSENT, Instruction, Op, OuterProduct, Phase
+from pckernels.instructions import ABSENT, CONVOLUTIONS, Instruction, Op, OuterProduct, Phase
 
 FLOAT, DOUBLE = 4, 8
 LINEAR = (Op.LINEAR, Op.LINEAR_T)
-CONVOLUTIONS = (Op.CONV, Op.CONV_T, Op.CONV_LEARN)
 POOLS = (Op.MAXPOOL, Op.MAXPOOL_CHANGE, Op.MAXPOOL_GRAD, Op.AVGPOOL, Op.AVGPOOL_T)
 
 

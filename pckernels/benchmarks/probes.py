@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pckernels.arena import ALIGNMENT
 from pckernels.backends import cuda, host
-from pckernels.benchmarks.ledger import CONVOLUTIONS, LINEAR
+from pckernels.benchmarks.ledger import LINEAR
 from pckernels.benchmarks.work import BARRIER, INSTRUCTION, MOVED, SHAPED, Kind, kind_of
 from pckernels.compiler import Compiled
 from pckernels.errors import Unsupported
-from pckernels.instructions import ABSENT, Code, Instruction, Op, Phase
+from pckernels.instructions import ABSENT, CONVOLUTIONS, Code, Instruction, Op, Phase
 from pckernels.memory import Packed
 from pckernels.planner import Plan
 

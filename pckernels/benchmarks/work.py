@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from pckernels.benchmarks import ledger
 from pckernels.compiler import Compiled
-from pckernels.instructions import Activation, Instruction, Loss, Op
+from pckernels.instructions import CONVOLUTIONS, Activation, Instruction, Loss, Op
 
 FUNCTIONS = frozenset({Op.ACT, Op.ACT_CHANGE, Op.ACT_GRAD, Op.LOSS, Op.NORM})
-SHAPED = frozenset({*ledger.LINEAR, *ledger.CONVOLUTIONS, *ledger.POOLS})
+SHAPED = frozenset({*ledger.LINEAR, *CONVOLUTIONS, *ledger.POOLS})
 
 
 @dataclass(frozen=True)
