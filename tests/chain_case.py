@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from functools import lru_cache
 
+import test_backends as backends
 import torch
 from torch import Tensor, nn
 from triton_case import relative_error
@@ -100,14 +101,8 @@ def data(name: str, batch: int, loss: str) -> tuple[Tensor, Tensor]:
 
 
 def found_by(network: pck.PCNetwork, backend: str, rule: pck.rules.Rule, loss: str, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-    network.backend, network.rule, network.loss = backend, rule, loss
-    network.zero_grad()
-    inference = network.backward(x, target)
-    found = {f"value of {name}": value for name, value in inference.values.items() if value.is_floating_point()}
-    found.update({f"error of {name}": error for name, error in inference.errors.items()})
-    found.update({f"gradient of {name}": p.grad for name, p in network.named_parameters() if p.grad is not None})
-    found.update({"energy": inference.energy, "loss": inference.loss})
-    return {name: value.detach().double().cpu().clone() for name, value in found.items()}
+    network.backend = backend
+    return {name: value.cpu() for name, value in backends.run(network, rule, loss, x, target).items()}
 
 
 def assert_as_good(name: str, activation: str, rule: pck.rules.Rule, batch: int, loss: str = "squared_error", device: str = "cpu") -> None:

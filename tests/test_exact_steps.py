@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-import numpy as np
 import pytest
 from oracle import exact, strict_models
 from oracle.extended import Expected
 from oracle.strict import StrictLoop
 from oracle.strict_models import Case
+from oracle_case import assert_follows, subject_of
 
 import pckernels as pck
 
@@ -26,25 +26,13 @@ STEPS = 6
 
 @cache
 def subject(name: str) -> tuple[Case, pck.PCNetwork, StrictLoop]:
-    """The case in extended precision, its network, and the same loop in float64."""
-    case = BUILDERS[name](np.longdouble)
-    options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
-    return case, pck.PCNetwork(case.module, pck.Strict(0, 0.1), **options), BUILDERS[name](np.float64).oracle
+    return subject_of(BUILDERS[name])
 
 
-def assert_follows(name: str, rule: pck.rules.Rule, expected: Expected) -> None:
+def follows(name: str, rule: pck.rules.Rule, expected: Expected) -> None:
     case, network, _ = subject(name)
     network.rule = rule
-    recorded = network.infer(case.x, case.target, record=True)
-    assert len(recorded.history) == len(expected.exact.values)
-    expected.energies(recorded.energy)
-    for t, state in enumerate(recorded.history):
-        expected.state(state.values, state.errors, t)
-    case.module.zero_grad()
-    inference = network.backward(case.x, case.target)
-    expected.energies(inference.energy)
-    expected.state(inference.values, inference.errors, len(recorded.history) - 1)
-    expected.gradients({key: p.grad for key, p in case.module.named_parameters()})
+    assert_follows(case, network, expected)
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0, 1.4])
@@ -54,11 +42,11 @@ def test_fixed_prediction_equals_the_loop(name: str, solver: str, rate: float) -
     case, _, plain = subject(name)
     for steps in range(STEPS + 1):
         expected = Expected(*(exact.fixed_prediction(loop, steps, rate) for loop in (case.oracle, plain)))
-        assert_follows(name, pck.FixedPrediction(steps, rate, solver), expected)
+        follows(name, pck.FixedPrediction(steps, rate, solver), expected)
 
 
 @pytest.mark.parametrize("solver", ["sweep", "iterate"])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_zero_divergence_equals_the_literal_loop(name: str, solver: str) -> None:
     case, _, plain = subject(name)
-    assert_follows(name, pck.ZeroDivergence(solver), Expected(*(exact.zero_divergence(loop) for loop in (case.oracle, plain))))
+    follows(name, pck.ZeroDivergence(solver), Expected(*(exact.zero_divergence(loop) for loop in (case.oracle, plain))))

@@ -12,6 +12,7 @@ from oracle.extended import Expected
 from oracle.mupc import scaled
 from oracle.strict import StrictLoop, Trajectory
 from oracle.strict_models import Case, parameters
+from oracle_case import assert_follows, network_of
 
 import pckernels as pck
 
@@ -37,8 +38,7 @@ def subject(name: str) -> tuple[Case, pck.PCNetwork, StrictLoop, StrictLoop]:
     case = build(np.longdouble)
     pck.mupc(case.module, residual, seed=0)
     loops = (scaled(build(real).oracle, parameters(case.module, real), residual) for real in (np.longdouble, np.float64))
-    options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
-    return case, pck.PCNetwork(case.module, pck.Strict(0, 0.1), **options), *loops
+    return case, network_of(case), *loops
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -47,11 +47,4 @@ def test_a_rule_under_mupc_equals_the_loop(name: str, rule: str) -> None:
     case, network, *loops = subject(name)
     network.rule, run = RULES[rule]
     expected = Expected(*(run(loop) for loop in loops))
-    recorded = network.infer(case.x, case.target, record=True)
-    assert len(recorded.history) == len(expected.exact.values)
-    expected.energies(recorded.energy)
-    for t, state in enumerate(recorded.history):
-        expected.state(state.values, state.errors, t)
-    case.module.zero_grad()
-    network.backward(case.x, case.target)
-    expected.gradients({key: p.grad for key, p in case.module.named_parameters()})
+    assert_follows(case, network, expected)

@@ -14,6 +14,7 @@ from oracle.extended import Expected, compare_all
 from oracle.precision import WeightedLoop
 from oracle.strict import StrictLoop
 from oracle.strict_models import Case, to_numpy
+from oracle_case import subject_of
 from torch import Tensor, nn
 
 import pckernels as pck
@@ -25,9 +26,7 @@ STEPS, RATE = 4, 0.07
 
 @cache
 def subject(name: str) -> tuple[Case, pck.PCNetwork, StrictLoop]:
-    case = BUILDERS[name](np.longdouble)
-    options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
-    return case, pck.PCNetwork(case.module, pck.Strict(0, 0.1), **options), BUILDERS[name](np.float64).oracle
+    return subject_of(BUILDERS[name])
 
 
 def precision_of(kind: str, graph: object) -> object:

@@ -14,6 +14,7 @@ from oracle.extended import Expected, compare_all
 from oracle.relaxed import Relaxation, RelaxedLoop
 from oracle.strict import StrictLoop
 from oracle.strict_models import Case, to_numpy
+from oracle_case import subject_of
 from torch import Tensor, nn
 
 import pckernels as pck
@@ -37,9 +38,7 @@ STEPS, RATE, WEIGHT_RATE = 4, 0.07, 1e-4
 
 @cache
 def subject(name: str) -> tuple[Case, pck.PCNetwork, StrictLoop]:
-    case = BUILDERS[name](np.longdouble)
-    options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
-    return case, pck.PCNetwork(case.module, pck.Strict(0, 0.1), **options), BUILDERS[name](np.float64).oracle
+    return subject_of(BUILDERS[name])
 
 
 def relaxed_loops(name: str, rule: pck.rules.Rule, relaxation: str) -> tuple[RelaxedLoop, RelaxedLoop]:

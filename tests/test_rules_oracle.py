@@ -14,6 +14,7 @@ from oracle import rules, strict_models
 from oracle.extended import Expected, compare_all
 from oracle.strict import StrictLoop
 from oracle.strict_models import Case
+from oracle_case import assert_follows, subject_of
 
 import pckernels as pck
 
@@ -33,25 +34,7 @@ STEPS, RATE = 5, 0.07
 
 @cache
 def subject(name: str) -> tuple[Case, pck.PCNetwork, StrictLoop]:
-    """The case in extended precision, its network, and the same loop in float64."""
-    case = BUILDERS[name](np.longdouble)
-    options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
-    return case, pck.PCNetwork(case.module, pck.Strict(0, 0.1), **options), BUILDERS[name](np.float64).oracle
-
-
-def assert_follows(name: str, expected: Expected) -> None:
-    """The network under its present rule: the whole trajectory, and what the weights learn at its end."""
-    case, network, _ = subject(name)
-    recorded = network.infer(case.x, case.target, record=True)
-    assert len(recorded.history) == len(expected.exact.values)
-    expected.energies(recorded.energy)
-    for t, state in enumerate(recorded.history):
-        expected.state(state.values, state.errors, t)
-    case.module.zero_grad()
-    inference = network.backward(case.x, case.target)
-    expected.energies(inference.energy)
-    expected.state(inference.values, inference.errors, len(recorded.history) - 1)
-    expected.gradients({key: p.grad for key, p in case.module.named_parameters()})
+    return subject_of(BUILDERS[name])
 
 
 @pytest.mark.parametrize("course", COURSES)
@@ -61,7 +44,7 @@ def test_error_optimization_equals_the_loop(name: str, course: str) -> None:
     for steps in range(STEPS + 1):
         network.rule = pck.ErrorOptimization(steps, RATE, **COURSES[course])
         exact, rough = (rules.error_optimization(loop, steps, RATE, **COURSES[course]) for loop in (case.oracle, plain))
-        assert_follows(name, Expected(exact, rough))
+        assert_follows(case, network, Expected(exact, rough))
 
 
 @pytest.mark.parametrize("course", COURSES)
@@ -73,7 +56,7 @@ def test_incremental_equals_the_loop(name: str, course: str) -> None:
         network.rule = pck.Incremental(steps, RATE, 0.05, **COURSES[course])
         exact, rough = (rules.incremental(loop, steps, RATE, 0.05, **COURSES[course]) for loop in (case.oracle, plain))
         before = copy.deepcopy(case.module.state_dict())
-        assert_follows(name, Expected(exact[0], rough[0]))
+        assert_follows(case, network, Expected(exact[0], rough[0]))
         assert all(torch.equal(value, before[key]) for key, value in case.module.state_dict().items())
         module = copy.deepcopy(case.module)
         options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
@@ -96,7 +79,7 @@ def test_nudged_inference_equals_the_loop(name: str, course: str, nudge: str) ->
     for steps in (0, 1, STEPS):
         network.rule = pck.Strict(steps, RATE, **COURSES[course], nudge=betas[0] if len(betas) == 1 else ("centered", betas[0]))
         exact, rough = (rules.nudged(loop, betas, steps, RATE, **COURSES[course]) for loop in (case.oracle, plain))
-        assert_follows(name, Expected(exact, rough))
+        assert_follows(case, network, Expected(exact, rough))
 
 
 def test_the_loop_of_error_optimization_descends_its_own_energy() -> None:

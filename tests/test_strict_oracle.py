@@ -11,6 +11,7 @@ from oracle import strict_models
 from oracle.extended import Expected, compare_all
 from oracle.strict import StrictLoop
 from oracle.strict_models import Case
+from oracle_case import assert_follows, subject_of
 
 import pckernels as pck
 
@@ -33,10 +34,7 @@ DYNAMICS = {
 
 @cache
 def subject(name: str) -> tuple[Case, pck.PCNetwork, StrictLoop]:
-    """The case in extended precision, its network, and the same loop in float64."""
-    case = BUILDERS[name](np.longdouble)
-    options = {"loss": case.loss, "reduction": "sum", "value_nodes": case.value_nodes, "backend": "reference"}
-    return case, pck.PCNetwork(case.module, pck.Strict(0, 0.1), **options), BUILDERS[name](np.float64).oracle
+    return subject_of(BUILDERS[name])
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
@@ -47,16 +45,8 @@ def test_values_errors_energies_and_gradients_equal_the_loop(name: str, dynamics
     options = DYNAMICS[dynamics]
     expected = Expected(case.oracle.run(steps, 0.07, **options), plain.run(steps, 0.07, **options))
     network.rule = pck.Strict(steps, 0.07, **options)
-    recorded = network.infer(case.x, case.target, record=True)
-    assert len(recorded.history) == steps + 1
-    expected.energies(recorded.energy)
-    for t, state in enumerate(recorded.history):
-        expected.state(state.values, state.errors, t)
-    case.module.zero_grad()
-    inference = network.backward(case.x, case.target)
-    expected.energies(inference.energy)
-    expected.state(inference.values, inference.errors, steps)
-    expected.gradients({key: p.grad for key, p in case.module.named_parameters()})
+    assert len(expected.exact.values) == steps + 1
+    assert_follows(case, network, expected)
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0, 1.6])
