@@ -98,6 +98,11 @@ class Machine:
             self._put_sums()
         self.clock.add_(1)
 
+    def left(self, stage: Stage) -> dict[Array, Tensor]:
+        """What a step of a stage has just left to later stages, beside the arrays with memory of their own."""
+        written = {array.root for draft in stage.drafts for array in draft.writes}
+        return {array: tensor for array, tensor in self.tensors.items() if array in written and array not in self.held}
+
     @property
     def rests(self) -> bool:
         """Whether every sample does. A look that waits for the device."""

@@ -113,8 +113,13 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
 @pytest.mark.parametrize("name", ["mlp", "cnn", "residual", "lstm"])
 @pytest.mark.parametrize(
     "rule",
-    [pck.Strict(8, 0.1, momentum=0.5), pck.FixedPrediction(9, 0.3, solver="iterate", order="global"), pck.ZeroDivergence()],
-    ids=lambda rule: type(rule).__name__,
+    [
+        pck.Strict(8, 0.1, momentum=0.5),
+        pck.Strict(8, 0.1, nudge=0.5),  # an output that moves: its change is read after the loop alone
+        pck.FixedPrediction(9, 0.3, solver="iterate", order="global"),
+        pck.ZeroDivergence(),
+    ],
+    ids=["strict", "nudged", "fixed", "exact"],
 )
 def test_replayed_steps_are_the_steps(recording: list[Recorded], name: str, rule: pck.rules.Rule) -> None:
     """The first call runs plainly, the second records, the third replays what it recorded; each with other data."""

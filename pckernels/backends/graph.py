@@ -140,12 +140,24 @@ def _execute_recorded(compiled: Compiled, memory: Packed, batch: int, factor: fl
 
     def step_of(stage: Stage) -> Step:
         if recorder is not None and stage.repeats:
-            recording.replays[stage] = recorder.record(lambda: machine.step(stage))
+            recording.replays[stage] = _recorded(recorder, machine, stage)
         return recording.replays.get(stage) or (lambda: machine.step(stage))
 
     _run_stages(machine, machine.layout, step_of)
     machine.finish(factor)
     recording.calls += 1
+
+
+def _recorded(recorder: replay.Recorder, machine: Machine, stage: Stage) -> Step:
+    """A replay of a stage's step, which leaves for later stages what the step itself has left."""
+    again = recorder.record(lambda: machine.step(stage))
+    left = machine.left(stage)
+
+    def step() -> None:
+        again()
+        machine.tensors.update(left)
+
+    return step
 
 
 def _recording_of(compiled: Compiled, memory: Packed, batch: int) -> _Recording:
