@@ -43,6 +43,10 @@ def vgg5() -> nn.Module:
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(2048, 10))
 
 
+def small_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
 MODELS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "MLP 784-300-300-10": (mlp, (784,), (10,)),
     "paper's CNN": (pck.nn.CNNModule, (3, 32, 32), (10,)),
@@ -50,6 +54,7 @@ MODELS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
     "LSTM 256, 50 steps": (lambda: Recurrent(nn.LSTM, 65, 256, 65), (50, 65), (50, 65)),
     "VGG5": (vgg5, (3, 32, 32), (10,)),
 }
+SMALL = {"small MLP": (small_mlp, (784,), (10,))}  # where warpgroups have room for larger tiles
 RULES = {"strict": pck.Strict(20, 0.1), "exact": pck.ZeroDivergence()}
 
 
@@ -60,7 +65,7 @@ class Found(Exception):
 @lru_cache
 def code(model: str, rule: str) -> Code:
     """What a call of the model under the rule compiles to. Nothing runs."""
-    build, shape, target = MODELS[model]
+    build, shape, target = (MODELS | SMALL)[model]
     torch.manual_seed(0)
     network = PCNetwork(build(), RULES[rule], backend="host")
 
@@ -213,13 +218,8 @@ def with_products(model: str, rule: str, product: str | None, **settings: Any) -
     return found
 
 
-def small_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
 def test_warpgroup_products_are_taken_where_they_are_asked_for() -> None:
     """And named. No GPU has proved them: nothing else takes them."""
-    MODELS["small MLP"] = (small_mlp, (784,), (10,))
     for model in ("MLP 784-300-300-10", "small MLP"):
         for rule in RULES:
             usual, asked, fastest = (with_products(model, rule, product) for product in (None, "wgmma", "fastest"))
@@ -233,7 +233,6 @@ def test_warpgroup_products_are_taken_where_they_are_asked_for() -> None:
 
 def test_the_fastest_product_by_the_count_of_cycles() -> None:
     """Large tiles of a small model go to warpgroups; where the arena leaves room for one tile of 64 rows alone, they do not pay."""
-    MODELS["small MLP"] = (small_mlp, (784,), (10,))
     small, large = with_products("small MLP", "strict", "fastest"), with_products("MLP 784-300-300-10", "strict", "fastest")
     assert (small.product, small.lanes) == ("wgmma", 32) and large.product == "mma"
     few = plan(code("small MLP", "strict"), 16, Limits.of(90), "bf16", product="fastest")
