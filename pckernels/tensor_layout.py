@@ -7,12 +7,13 @@ tensor was computed last, unless others rely on its address.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pckernels.arena import IN_PLACE, Array, Draft, Section, carried
 from pckernels.compiler import Compiled
 from pckernels.instructions import Op
+from pckernels.tensor_fusion import Fusion, Item, fuse, turn
 
 _IN_PLACE = (Op.COPY, *IN_PLACE)  # they write parts of an array, or change what is there
 _CHANGES = (Op.ACT_CHANGE, Op.MAXPOOL_CHANGE)
@@ -24,17 +25,19 @@ class Stage:
 
     Attributes:
         repeats: whether it is part of a loop.
-        drafts: in order.
-        deaths: for each draft, the arrays that nobody reads any more afterwards.
+        items: what a step runs, in order: drafts, or several of them as one.
+        deaths: for each item, the arrays that nobody reads any more afterwards.
         constant: drafts that change an input which the loop itself leaves alone, and that may compute what they need of it once.
+        turned: drafts that each step runs for the step after it; before the first step they run once.
     """
 
     first: int
     last: int
     repeats: bool
-    drafts: tuple[Draft, ...]
+    items: tuple[Item, ...]
     deaths: tuple[tuple[Array, ...], ...]
     constant: tuple[Draft, ...]
+    turned: tuple[Draft, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,33 @@ class Layout:
 
     @property
     def launches(self) -> int:
-        """Drafts of a step of the longest stage."""
-        return len(max(self.stages, key=lambda stage: stage.last - stage.first, default=Stage(0, 0, False, (), (), ())).drafts)
+        """Items of a step of the longest stage."""
+        return len(max(self.stages, key=lambda stage: stage.last - stage.first, default=Stage(0, 0, False, (), (), ())).items)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """Steps first .. last of a section, and the drafts that run at each of them."""
+
+    section: Section
+    first: int
+    last: int
+    drafts: tuple[Draft, ...]
+    turned: tuple[Draft, ...] = ()
 
 
 @lru_cache(maxsize=256)
-def layout(compiled: Compiled) -> Layout:
-    """The layout of compiled code."""
+def layout(compiled: Compiled, fused: bool = False) -> Layout:
+    """The layout of compiled code; fused: with rowwise drafts together (tensor_fusion.py)."""
     sections = compiled.sections
     drafts = [draft for section in sections for draft in section.drafts]
     held = _held(sections)
     places = {array for draft in drafts for array in (_places(draft),) if array is not None}
-    stages = [stage for k, section in enumerate(sections) for stage in _stages(section, held, _roots(sections[k + 1 :]))]
+    cuts = [(cut, _roots(sections[k + 1 :])) for k, section in enumerate(sections) for cut in _cuts(section)]
+    if fused:
+        cuts = [(_turned(cut, held), later) for cut, later in cuts]
+        held |= {array for cut, _ in cuts for draft in cut.turned for array in draft.writes}
+    stages = [_stage(cut, held | later, fused) for cut, later in cuts]
     rest = next((draft.out for draft in drafts if draft.op is Op.REST), None)
     return Layout(frozenset(held), frozenset(places), tuple(stages), rest)
 
@@ -93,27 +111,40 @@ def _held(sections: Sequence[Section]) -> set[Array]:
     return held
 
 
-def _stages(section: Section, held: set[Array], later: set[Array]) -> list[Stage]:
+def _cuts(section: Section) -> list[_Cut]:
     """The section's steps cut where drafts join in."""
     starts = sorted({max(section.first, draft.first) for draft in section.drafts} | {section.first})
     ends = [start - 1 for start in starts[1:]] + [section.last]
     return [
-        _stage(first, last, section, [draft for draft in section.drafts if draft.first <= first], held | later)
+        _Cut(section, first, min(last, section.last), tuple(draft for draft in section.drafts if draft.first <= first))
         for first, last in zip(starts, ends, strict=True)
         if first <= last and first <= section.last
     ]
 
 
-def _stage(first: int, last: int, section: Section, drafts: Sequence[Draft], kept: set[Array]) -> Stage:
+def _turned(cut: _Cut, held: set[Array]) -> _Cut:
+    """With the slopes of its steps' beginnings at their ends, if there are several."""
+    if not cut.section.repeats or cut.first == cut.last:
+        return cut
+    turned, others = turn(cut.drafts, held)
+    return replace(cut, drafts=(*others, *turned), turned=tuple(turned))
+
+
+def _stage(cut: _Cut, kept: set[Array], fused: bool) -> Stage:
+    items: Sequence[Item] = fuse(cut.drafts, kept) if fused and cut.section.repeats else cut.drafts
     seen: set[Array] = set(kept)
     deaths: list[tuple[Array, ...]] = []
-    for draft in reversed(drafts):
-        dying = dict.fromkeys(root for root in draft.roots if root not in seen)
+    for item in reversed(items):
+        dying = dict.fromkeys(root for root in item.roots if root not in seen)
         seen.update(dying)
         deaths.append(tuple(dying))
+    return Stage(cut.first, cut.last, cut.section.repeats, tuple(items), tuple(reversed(deaths)), _constant(cut.section, items), cut.turned)
+
+
+def _constant(section: Section, items: Sequence[Item]) -> tuple[Draft, ...]:
     written = {array.root for draft in section.drafts for array in draft.writes}
-    constant = tuple(draft for draft in drafts if section.repeats and draft.op in _CHANGES and not _inputs(draft) & written)
-    return Stage(first, min(last, section.last), section.repeats, tuple(drafts), tuple(reversed(deaths)), constant)
+    changes = [item for item in items if not isinstance(item, Fusion) and item.op in _CHANGES]
+    return tuple(draft for draft in changes if section.repeats and not _inputs(draft) & written)
 
 
 def _inputs(draft: Draft) -> set[Array]:

@@ -15,10 +15,12 @@ from torch import Tensor
 from pckernels import tensor_operations as operations
 from pckernels.arena import Array, Draft
 from pckernels.compiler import Compiled
+from pckernels.formula import PARTS, Evaluate
 from pckernels.instructions import ABSENT, Activation, Loss, Op
 from pckernels.interpreter import ConvShape, PoolShape, activate
 from pckernels.memory import Packed
 from pckernels.products import multiply, outer_products
+from pckernels.tensor_fusion import Fusion, Item
 from pckernels.tensor_layout import Layout, Stage
 
 conv_shape, pool_shape = lru_cache(maxsize=256)(ConvShape), lru_cache(maxsize=256)(PoolShape)  # the same at every step
@@ -29,10 +31,12 @@ class Machine:
 
     Held arrays keep their memory from call to call, so that recorded steps may be replayed: `bind` gives the machine another
     call's inputs and results.
+
+    evaluate: runs the formulas of a layout that has them, over float32 tensors.
     """
 
-    def __init__(self, compiled: Compiled, layout: Layout, memory: Packed, batch: int):
-        self.code, self.layout, self.batch = compiled.code, layout, batch
+    def __init__(self, compiled: Compiled, layout: Layout, memory: Packed, batch: int, evaluate: Evaluate | None = None):
+        self.code, self.layout, self.batch, self.evaluate = compiled.code, layout, batch, evaluate
         self.shapes = [(info.outputs, info.inputs) for info in compiled.weights]
         like = memory.kept
         self.held = {
@@ -41,6 +45,8 @@ class Machine:
         }
         self.clock = torch.zeros(1, dtype=torch.int64, device=like.device)  # t, which a replayed step must find on the device
         self.energies = torch.zeros(self.code.steps + 1, self.code.energies, dtype=torch.float64, device=like.device)
+        # What the programs of a formula add to each energy, one after the other.
+        self.parts = torch.zeros(self.code.energies, PARTS if evaluate else 0, dtype=torch.float64, device=like.device)
         self.constants: dict[int, tuple[Tensor, ...]] = {}  # of a draft, by its id: what it needs of arrays that the loop leaves alone
         places = {info.name: place for place, info in enumerate(compiled.weights)}
         self.learning = [places[name] for name in compiled.gradients] if compiled.moves_weights else []  # by gradient slot
@@ -60,13 +66,14 @@ class Machine:
         self.tensors: dict[Array, Tensor] = dict(self.held)
         self.known: set[int] = set()  # constants of this call
         self.energies.zero_()
+        self.parts.zero_()
         for gradient in memory.gradients:
             gradient.zero_()
 
     @property
     def state(self) -> list[Tensor]:
         """What steps change."""
-        return [*self.held.values(), *self.copies, *self.totals, self.clock, self.energies]
+        return [*self.held.values(), *self.copies, *self.totals, self.clock, self.energies, self.parts]
 
     def read(self, weights: Sequence[Tensor]) -> None:
         """Multiply by these from now on."""
@@ -86,22 +93,46 @@ class Machine:
             else:
                 self.constants[id(draft)] = found
 
+        for draft in stage.turned:
+            self._run(draft)
+
     def step(self, stage: Stage) -> None:
         """One step of a stage."""
         self.sums: dict[int, Tensor] = {}  # by slot; of two in one step, as sweeps in groups have them, the later counts
         self.learnt: dict[int, Tensor] = {}  # by gradient slot, of weights that move at every step
-        for draft, dying in zip(stage.drafts, stage.deaths, strict=True):
-            _RUN[draft.op](self, draft)
+        for item, dying in zip(stage.items, stage.deaths, strict=True):
+            self._run(item)
             for array in dying:
                 self.tensors.pop(array, None)
-        if self.sums:
+        if stage.repeats and self.evaluate:
+            self._put_parts()
+        elif self.sums:
             self._put_sums()
         self.clock.add_(1)
 
     def left(self, stage: Stage) -> dict[Array, Tensor]:
         """What a step of a stage has just left to later stages, beside the arrays with memory of their own."""
-        written = {array.root for draft in stage.drafts for array in draft.writes}
+        written = {array.root for item in stage.items for array in item.writes}
         return {array: tensor for array, tensor in self.tensors.items() if array in written and array not in self.held}
+
+    def _run(self, item: Item) -> None:
+        if isinstance(item, Fusion):
+            self._launch(item)
+        else:
+            _RUN[item.op](self, item)
+
+    def _launch(self, fusion: Fusion) -> None:
+        assert self.evaluate is not None
+        written = fusion.written
+        loads = [self.get(array) for array in written.loads]
+        stores = [self._written(array) for array in written.stores]
+        self.evaluate(written.formula, written.factors, written.scales, loads, stores, [self.parts[slot] for slot in fusion.slots])
+
+    def _written(self, array: Array) -> Tensor:
+        """Memory for all of an array; of a held one, its own."""
+        if array.root not in self.held:
+            self.tensors[array] = torch.empty(self.batch, array.n, dtype=self.memory.kept.dtype, device=self.memory.kept.device)
+        return self.get(array)
 
     @property
     def rests(self) -> bool:
@@ -120,6 +151,11 @@ class Machine:
         for slot in slots:
             row[slot].copy_(self.sums[slot])
         self.energies.index_add_(0, self.clock, row[None])
+
+    def _put_parts(self) -> None:
+        for slot, total in self.sums.items():
+            self.parts[slot, 0].copy_(total)
+        self.energies.index_copy_(0, self.clock, self.parts.sum(1)[None])
 
     def finish(self, factor: float) -> None:
         """Local updates that are outer products, the factor, and the energies: the end of a call."""

@@ -16,7 +16,7 @@ from pckernels.instructions import Activation
 
 require_a_way_to_run()
 
-from pckernels.triton import step_update as module  # noqa: E402
+from pckernels.triton import rows  # noqa: E402
 from pckernels.triton.step_update import Pace, Vertex, energies_of, new_parts, plain_step_update, step_update  # noqa: E402
 
 if DEVICE == "cpu":
@@ -92,7 +92,7 @@ def test_nobody_reads_g() -> None:
 
 
 def test_programs_take_more_than_a_block_each_and_energies_are_equal_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PARTS", 2)
+    monkeypatch.setattr(rows, "PARTS", 2)
     vertex, dz = made(Activation.SIGMOID, torch.float32), random(torch.float32)
     assert_equal(vertex, Pace(0.1), [], dz, torch.float32, True)
     parts = [new_parts(0, 1, DEVICE) for _ in range(2)]

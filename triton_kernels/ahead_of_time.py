@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("local_update", "relax", "relax_mlp", "relax_mlp_pinned", "step_update", "tables")
+MODULES = ("local_update", "relax", "relax_mlp", "relax_mlp_pinned", "rows", "step_update", "tables")
 BUDGET = Path(__file__).parent / "budget.json"
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # what a block may opt into
@@ -46,6 +46,7 @@ class Build:
         constants: the constexpr arguments.
         options: of Triton: num_warps, num_stages.
         apart: pointer arguments that need not be multiples of 16 bytes, as all others are that PyTorch allocates.
+        multiples: integer arguments that are multiples of 16, as most shapes are: vectors may then be loaded and stored.
         mma: whether its products run on tensor cores (True) or must not (False); None: it has none.
     """
 
@@ -55,6 +56,7 @@ class Build:
     constants: Mapping[str, Any]
     options: Mapping[str, int] = field(default_factory=lambda: {"num_warps": 4})
     apart: tuple[str, ...] = ()
+    multiples: tuple[str, ...] = ()
     mma: bool | None = None
 
 
@@ -94,6 +96,7 @@ def _source(build: Build) -> Any:
     if missing or len(build.signature) + len(build.constants) != len(names):
         raise ValueError(f"{build.name}: signature and constants must name each argument of the kernel once; missing: {missing}.")
     aligned = [path for name, kind in signature.items() if name not in build.apart for path in _pointers(names.index(name), kind)]
+    aligned += [(names.index(name),) for name in build.multiples]
     kind = GluonASTSource if build.kernel.is_gluon() else ASTSource
     return kind(build.kernel, signature, constexprs=dict(build.constants), attrs={path: [["tt.divisibility", 16]] for path in aligned})
 

@@ -12,109 +12,27 @@ A vertex with free parents moves, then its parents' moved displacements are mult
 whose parents are all clamped, and all of fixed prediction, has no dz: one call. An output with the squared error is a vertex that never
 moves, with d = target - f(z).
 
-State is float32. What products read and write (feedback, dz, g, rounded) may be float32, float16 or bfloat16. Energies are summed over a
-fixed number of programs and added up in their order: two runs are equal bit for bit.
+State is float32. What products read and write (feedback, dz, g, rounded) may be float32, float16 or bfloat16. Each call is one formula
+(pckernels/formula.py) in one launch (rows.py). The graph tier makes its formulas out of instructions (pckernels/tensor_fusion.py) and
+launches the same kernel; here are the formulas of one vertex, for whoever writes the loop by hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pckernels import interpreter
+from pckernels.formula import BY_VALUE, NONE, PARTS, Operation, Sheet, Written
 from pckernels.instructions import Activation
 
-from .activations import SIGMOID, TANH, act, act_change, act_grad, act_grad_of_value
+from . import rows
 from .ahead_of_time import Build
 from .tables import sum_parts
-
-BLOCK = 1024  # elements that a program handles at once
-PARTS = 528  # programs at most: four for each multiprocessor of an H100, and the same everywhere, for the sake of the sums
-WARPS = 4
-
-
-@triton.jit(do_not_specialize=["stride"])
-def vertex_update(
-    z,
-    d,
-    error,
-    velocity,
-    fed0,
-    fed1,
-    dz,
-    g,
-    rounded,
-    parts,
-    stride,
-    n,
-    rate,
-    momentum,
-    precision,
-    f0,
-    f1,
-    KIND: tl.constexpr,
-    VALUES: tl.constexpr,
-    CHILDREN: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    OBSERVES: tl.constexpr,
-    CHANGES: tl.constexpr,
-    SENDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """All n elements of a vertex. Pointers whose part is not asked for are not read. parts: float64, one for each program, so far apart."""
-    total = tl.full([BLOCK], 0.0, tl.float64)
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
-    for first in tl.range(begin, n, tl.num_programs(0) * BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        here = at < n
-        eps = tl.load(error + at, mask=here, other=0.0)
-        if VALUES:
-            place = tl.load(d + at, mask=here, other=0.0)
-        if CHILDREN > 0:
-            fed = tl.load(fed0 + at, mask=here, other=0.0).to(tl.float32)
-            if CHILDREN == 2:
-                fed += tl.load(fed1 + at, mask=here, other=0.0).to(tl.float32)
-            if VALUES:
-                speed = fed - precision * eps
-                if MOMENTUM:
-                    speed = momentum * tl.load(velocity + at, mask=here, other=0.0) + speed
-                    tl.store(velocity + at, speed, mask=here)
-                place += rate * speed
-                tl.store(d + at, place, mask=here)
-                if ROUNDS:
-                    tl.store(rounded + at, place, mask=here)
-            else:
-                eps = (1.0 - rate * precision) * eps + rate * fed
-        if OBSERVES:
-            if CHANGES or SENDS:
-                before = tl.load(z + at, mask=here, other=0.0)
-            if CHANGES:
-                step = tl.load(dz + at, mask=here, other=0.0).to(tl.float32)
-                mu = act(KIND, before, f0, f1)
-                dmu = act_change(KIND, before, step, mu, f0, f1)
-                eps = place - dmu
-            elif VALUES:
-                eps = place
-            if SENDS:
-                if CHANGES and (KIND == TANH or KIND == SIGMOID):
-                    slope = act_grad_of_value(KIND, mu + dmu)
-                elif CHANGES:
-                    slope = act_grad(KIND, before + step, f0, f1)
-                else:
-                    slope = act_grad(KIND, before, f0, f1)
-                tl.store(g + at, precision * (eps * slope), mask=here)
-            wide = tl.where(here, eps, 0.0).to(tl.float64)
-            total += wide * wide
-        if OBSERVES or not VALUES:
-            tl.store(error + at, eps, mask=here)
-    if OBSERVES:
-        tl.store(parts + tl.program_id(0) * stride, 0.5 * tl.cast(precision, tl.float64) * tl.sum(total, 0))
 
 
 @dataclass(frozen=True)
@@ -177,44 +95,82 @@ def step_update(vertex: Vertex, pace: Pace, feedback: Sequence[Tensor] = (), dz:
         TypeError: state is not float32.
     """
     _check(vertex, pace, feedback, dz, parts)
-    n, error = vertex.error.numel(), vertex.error
-    if n == 0:
-        return
-    fed = [*feedback, error, error]
-    vertex_update[(min(PARTS, triton.cdiv(n, BLOCK)),)](
-        vertex.z,
-        error if vertex.d is None else vertex.d,
-        error,
-        error if vertex.velocity is None else vertex.velocity,
-        fed[0],
-        fed[1],
-        error if dz is None else dz,
-        error if vertex.g is None else vertex.g,
-        error if vertex.rounded is None else vertex.rounded,
-        error if parts is None else parts,
-        1 if parts is None else parts.stride(0),
-        n,
-        pace.rate,
-        pace.momentum,
-        pace.precision,
-        *vertex.factors,
-        **_constants(vertex, pace, len(feedback), dz is not None, parts is not None),
-        num_warps=WARPS,
+    asked = _Asked(
+        vertex.activation,
+        vertex.factors,
+        moves_values=vertex.d is not None,
+        children=len(feedback),
+        rounds=vertex.rounded is not None,
+        observes=parts is not None,
+        changes=dz is not None,
+        sends=vertex.g is not None,
     )
+    written = _written(asked, pace)
+    if written.stores:
+        tensors = {**vars(vertex), **{f"fed{k}": fed for k, fed in enumerate(feedback)}, "dz": dz}
+        loads, stores = ([tensors[name] for name in names] for names in (written.loads, written.stores))
+        rows.run(written.formula, written.factors, written.scales, loads, stores, [] if parts is None else [parts])
 
 
-def _constants(vertex: Vertex, pace: Pace, children: int, changes: bool, observes: bool) -> dict[str, object]:
-    return {
-        "KIND": int(vertex.activation),
-        "VALUES": vertex.d is not None,
-        "CHILDREN": children,
-        "MOMENTUM": pace.momentum != 0.0,
-        "ROUNDS": vertex.rounded is not None,
-        "OBSERVES": observes,
-        "CHANGES": changes,
-        "SENDS": vertex.g is not None,
-        "BLOCK": BLOCK,
-    }
+@dataclass(frozen=True)
+class _Asked:
+    """What a formula depends on beside the pace."""
+
+    activation: Activation
+    factors: tuple[float, float]
+    moves_values: bool = True
+    children: int = 0
+    rounds: bool = False
+    observes: bool = False
+    changes: bool = False
+    sends: bool = False
+
+
+@lru_cache(maxsize=256)
+def _written(asked: _Asked, pace: Pace) -> Written[str]:
+    """The formula of a call, over the names of its tensors."""
+    sheet: Sheet[str] = Sheet()
+    stores = (_move(sheet, asked, pace) if asked.children else []) + (_observe(sheet, asked, pace) if asked.observes else [])
+    return sheet.finished(list(dict.fromkeys(stores)))
+
+
+def _move(sheet: Sheet[str], asked: _Asked, pace: Pace) -> list[str]:
+    fed, error = sheet.load("fed0"), sheet.load("error")
+    if asked.children == 2:
+        fed = sheet.add(fed, sheet.load("fed1"))
+    if not asked.moves_values:
+        sheet.put("error", sheet.add(error, fed, 1.0 - pace.rate * pace.precision, pace.rate))
+        return ["error"]
+    speed = sheet.add(fed, error, 1.0, -pace.precision)
+    if pace.momentum:
+        speed = sheet.add(sheet.load("velocity"), speed, pace.momentum)
+        sheet.put("velocity", speed)
+    moved = sheet.add(sheet.load("d"), speed, 1.0, pace.rate)
+    sheet.put("d", moved)
+    sheet.put("rounded", moved)
+    return ["d", *(["velocity"] if pace.momentum else []), *(["rounded"] if asked.rounds else [])]
+
+
+def _observe(sheet: Sheet[str], asked: _Asked, pace: Pace) -> list[str]:
+    kind, f = asked.activation, asked.factors
+    change, mu, z = NONE, NONE, sheet.load("z")
+    if asked.changes:
+        if kind in BY_VALUE:
+            mu = sheet.term(Operation.ACT, z, kind=kind, f=f)
+        change = sheet.term(Operation.CHANGE, z, sheet.load("dz"), mu, kind, f)
+        sheet.put("error", sheet.add(sheet.load("d"), change, 1.0, -1.0))
+    elif asked.moves_values:
+        sheet.put("error", sheet.load("d"))
+    error = sheet.load("error")
+    sheet.sum(error, error, 0.5 * pace.precision)
+    if not asked.sends:
+        return ["error"]
+    if asked.changes and kind in BY_VALUE:
+        slope = sheet.term(Operation.SLOPE_OF_VALUE, sheet.add(mu, change), kind=kind, f=f)
+    else:
+        slope = sheet.term(Operation.SLOPE, sheet.add(z, sheet.load("dz")) if asked.changes else z, kind=kind, f=f)
+    sheet.put("g", sheet.scale(sheet.mul(error, slope), pace.precision))
+    return ["error", "g"]
 
 
 def _check(vertex: Vertex, pace: Pace, feedback: Sequence[Tensor], dz: Tensor | None, parts: Tensor | None) -> None:
@@ -260,16 +216,14 @@ def plain_step_update(
 
 def builds() -> Iterator[Build]:
     """A vertex of two children moves, one is observed after the product, one of fixed prediction does both: with products in each dtype."""
-    parts: dict[str, dict[str, object]] = {
-        "move": {"CHILDREN": 2, "OBSERVES": False, "CHANGES": False, "SENDS": False, "VALUES": True, "MOMENTUM": True},
-        "observe": {"CHILDREN": 0, "OBSERVES": True, "CHANGES": True, "SENDS": True, "VALUES": True, "MOMENTUM": False},
-        "fixed": {"CHILDREN": 1, "OBSERVES": True, "CHANGES": False, "SENDS": True, "VALUES": False, "MOMENTUM": False},
+    gelu, none = Activation.GELU, (0.0, 0.0)
+    asked = {
+        "move": (_Asked(gelu, none, children=2), Pace(0.1, 0.5)),
+        "observe": (_Asked(gelu, none, observes=True, changes=True, sends=True), Pace(0.1)),
+        "fixed": (_Asked(gelu, none, moves_values=False, children=1, observes=True, sends=True), Pace(0.1)),
     }
-    state = dict.fromkeys(("z", "d", "error", "velocity"), "*fp32")
-    numbers = {"stride": "i32", "n": "i32", **dict.fromkeys(("rate", "momentum", "precision", "f0", "f1"), "fp32")}
     for dtype in ("fp32", "fp16", "bf16"):
-        products = dict.fromkeys(("fed0", "fed1", "dz", "g", "rounded"), f"*{dtype}")
-        for name, part in parts.items():
-            constants = {**part, "KIND": int(Activation.GELU), "ROUNDS": dtype != "fp32", "BLOCK": BLOCK}
-            signature = {**state, **products, "parts": "*fp64", **numbers}
-            yield Build(f"step_update {name} {dtype}", vertex_update, signature, constants, {"num_warps": WARPS}, apart=("parts",))
+        for name, (what, pace) in asked.items():
+            written = _written(replace(what, rounds=dtype != "fp32" and name == "move"), pace)
+            of_products = [k for k, place in enumerate((*written.loads, *written.stores)) if place not in ("z", "d", "error", "velocity")]
+            yield rows.build(f"step_update {name} {dtype}", written.formula, dtype, of_products)

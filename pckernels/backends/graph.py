@@ -1,24 +1,27 @@
 """The graph backend: state in device memory, each operation by PyTorch's own kernels (cuBLAS, cuDNN, oneDNN), on the CPU or a CUDA device.
 
-It takes what does not fit on a chip, in float32 or float64. On CUDA the steps of a shape that comes again are recorded in CUDA graphs and
+It takes what does not fit on a chip, in float32 or float64. On CUDA, what lies between two products of a step runs in one launch of a
+Triton kernel (in float32, where Triton is installed), and the steps of a shape that comes again are recorded in CUDA graphs and
 replayed: no launch of the loop costs Python anything, and nothing waits for the device.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache, partial
 
 import torch
 
 from pckernels import replay
-from pckernels.backends import native, selection
+from pckernels.backends import native, selection, triton
+from pckernels.backends.options import Scope
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
-from pckernels.graph import ComputationGraph
+from pckernels.errors import Unsupported
+from pckernels.formula import Evaluate
 from pckernels.memory import Packed
 from pckernels.replay import Step
 from pckernels.tensor_layout import Layout, Stage, layout
@@ -26,6 +29,20 @@ from pckernels.tensor_machine import Machine
 
 DTYPES = (torch.float32, torch.float64)
 _KEPT = 4  # recordings; each keeps the memory of a whole inference
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller asks of the graph tier, by `with options(..):`.
+
+    Attributes:
+        fused: whether what lies between two products is one launch of a Triton kernel; None: where that can be.
+    """
+
+    fused: bool | None = None
+
+
+options = Scope(Options)
 
 
 @dataclass(frozen=True)
@@ -62,13 +79,13 @@ def refusal(call: Call) -> str | None:
     where = device_of(call)
     if isinstance(where, str):
         return where
-    return selection.refusal(call)
+    cannot_fuse = _cannot_fuse(where, _dtype(call)) if options.get().fused else None
+    return cannot_fuse or selection.refusal(call)
 
 
 def device_of(call: Call) -> torch.device | str:
     """The one device of a call's tensors, or why there is none."""
-    tensors = [*call.tensors.values(), *getattr(call.objective, "targets", {}).values()]
-    dtypes = _dtypes(call.trace.graph) | {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    tensors, dtypes = _tensors(call), _dtypes(call)
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         return f"it runs float32 or float64, one of them at a time; this call has {', '.join(sorted(map(str, dtypes))) or 'neither'}"
     devices = sorted({str(tensor.device) for tensor in tensors})
@@ -78,41 +95,84 @@ def device_of(call: Call) -> torch.device | str:
     return found if found.type in ("cpu", "cuda") else f"it runs on the CPU or a CUDA device; this call has tensors on {found}"
 
 
-def _dtypes(graph: ComputationGraph) -> set[torch.dtype]:
-    return {vertex.dtype for vertex in graph.vertices if vertex.dtype is not None}
+def _tensors(call: Call) -> list[torch.Tensor]:
+    return [*call.tensors.values(), *getattr(call.objective, "targets", {}).values()]
 
 
-def plan_for(compiled: Compiled | str, batch: int, device: torch.device) -> Plan:
+def _dtypes(call: Call) -> set[torch.dtype]:
+    vertices = {vertex.dtype for vertex in call.trace.graph.vertices if vertex.dtype is not None}
+    return vertices | {tensor.dtype for tensor in _tensors(call) if tensor.is_floating_point()}
+
+
+def _dtype(call: Call) -> torch.dtype:
+    """The one dtype of a call that is not refused."""
+    (found,) = _dtypes(call)
+    return found
+
+
+def _cannot_fuse(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why nothing can be fused, or None."""
+    if dtype is not torch.float32:
+        return f"launches are fused in float32; this call has {dtype}"
+    ok, reason = _triton(triton.interpreted())
+    if ok and device.type != ("cpu" if triton.interpreted() else "cuda"):
+        return "launches are fused on a CUDA device, or in Triton's interpreter on the CPU (TRITON_INTERPRET=1)"
+    return None if ok else f"launches are fused by Triton: {reason}"
+
+
+@lru_cache(maxsize=2)
+def _triton(interpreted: bool) -> tuple[bool, str]:
+    """Whether it is there. Asked at every call, so looked for once; `interpreted` is what the answer depends on."""
+    return triton.availability()
+
+
+def _evaluator(device: torch.device, dtype: torch.dtype) -> Evaluate | None:
+    """What runs formulas, under the options of this context; None: launches are not fused."""
+    wanted = options.get().fused
+    if wanted is False or (wanted is None and device.type == "cpu"):
+        return None
+    reason = _cannot_fuse(device, dtype)
+    if wanted and reason is not None:
+        raise Unsupported(reason)
+    return triton.kernels("rows").run if reason is None else None
+
+
+def plan_for(compiled: Compiled | str, batch: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Plan:
     """Everything that compiles runs."""
     assert isinstance(compiled, Compiled)
-    how = "each step a CUDA graph" if device.type == "cuda" else "operation by operation"
-    return Plan(f"graph tier: state in memory, {layout(compiled).launches} operations a step, {how}")
+    fused = _evaluator(device, dtype) is not None
+    steps = f"{layout(compiled, fused).launches} operations a step{', fused' if fused else ''}"
+    return Plan(f"graph tier: state in memory, {steps}, {'each step a CUDA graph' if device.type == 'cuda' else 'operation by operation'}")
 
 
 def run(call: Call) -> Outcome:
     """One inference, in order with whatever else is on the current stream."""
-    return native.run_on(device_of(call), call, execute, plan_for)
+    return native.run_on(device_of(call), call, execute, partial(plan_for, dtype=_dtype(call)))
 
 
 def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
     """Run code over float32 or float64 tensors of one device."""
     device = memory.kept.device
-    with _precisely(device):
+    evaluate = _evaluator(device, memory.kept.dtype)
+    with _on(device):
         if compiled.sections and memory.update is None and replay.can_record(device):
-            _execute_recorded(compiled, memory, batch, factor)
+            _execute_recorded(compiled, memory, batch, factor, evaluate)
         else:
-            found = layout(compiled)
-            machine = Machine(compiled, found, memory, batch)
+            found = layout(compiled, evaluate is not None)
+            machine = Machine(compiled, found, memory, batch, evaluate)
             _run_stages(machine, found, lambda stage: lambda: machine.step(stage), stops_early=device.type == "cpu")
             machine.finish(factor)
 
 
-def _precisely(device: torch.device) -> AbstractContextManager[Any]:
-    """Products in full float32, the same at every run."""
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Launch there, and products in full float32, the same at every run."""
     if device.type != "cuda":
-        return nullcontext()
+        yield
+        return
     cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.cuda.device(device), cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
 
 
 def _run_stages(machine: Machine, found: Layout, step_of: Callable[[Stage], Step], stops_early: bool = False) -> None:
@@ -132,9 +192,9 @@ def _run_stages(machine: Machine, found: Layout, step_of: Callable[[Stage], Step
                 break
 
 
-def _execute_recorded(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
+def _execute_recorded(compiled: Compiled, memory: Packed, batch: int, factor: float, evaluate: Evaluate | None) -> None:
     """The first call of a shape runs plainly, so that the libraries set themselves up; its second call is recorded, and then replayed."""
-    recording = _recording_of(compiled, memory, batch)
+    recording = _recording_of(compiled, memory, batch, evaluate)
     machine = recording.machine
     recorder = replay.Recorder() if recording.calls == 1 else None
 
@@ -160,12 +220,12 @@ def _recorded(recorder: replay.Recorder, machine: Machine, stage: Stage) -> Step
     return step
 
 
-def _recording_of(compiled: Compiled, memory: Packed, batch: int) -> _Recording:
+def _recording_of(compiled: Compiled, memory: Packed, batch: int, evaluate: Evaluate | None) -> _Recording:
     weights = tuple(weight.data_ptr() for weight in memory.weights)  # a replay reads them where they were
-    key = (compiled, batch, memory.kept.dtype, memory.kept.device, weights, memory.divisor)
+    key = (compiled, batch, memory.kept.dtype, memory.kept.device, weights, memory.divisor, evaluate)
     found = _recordings.get(key)
     if found is None:
-        found = _recordings[key] = _Recording(Machine(compiled, layout(compiled), memory, batch))
+        found = _recordings[key] = _Recording(Machine(compiled, layout(compiled, evaluate is not None), memory, batch, evaluate))
         if len(_recordings) > _KEPT:
             _recordings.popitem(last=False)
     else:
