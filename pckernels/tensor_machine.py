@@ -7,6 +7,7 @@ and merged products are in the code already; what is left to save is the launche
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -26,17 +27,31 @@ from pckernels.tensor_layout import Layout, Stage
 conv_shape, pool_shape = lru_cache(maxsize=256)(ConvShape), lru_cache(maxsize=256)(PoolShape)  # the same at every step
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What runs fused launches: formulas, and the cross-entropy of an output, as pckernels.triton has them.
+
+    Attributes:
+        cross_entropy: of mu, change or None, target, error to be written, factor, parts of its energy.
+        refuses: why there are too many classes for it, or None.
+    """
+
+    evaluate: Evaluate
+    cross_entropy: Callable[[Tensor, Tensor | None, Tensor, Tensor, float, Tensor], None]
+    refuses: Callable[[int], str | None]
+
+
 class Machine:
     """The tensors of a code's arrays for one batch size, and what each draft does to them.
 
     Held arrays keep their memory from call to call, so that recorded steps may be replayed: `bind` gives the machine another
     call's inputs and results.
 
-    evaluate: runs the formulas of a layout that has them, over float32 tensors.
+    kernels: of a layout with fused launches, what runs them.
     """
 
-    def __init__(self, compiled: Compiled, layout: Layout, memory: Packed, batch: int, evaluate: Evaluate | None = None):
-        self.code, self.layout, self.batch, self.evaluate = compiled.code, layout, batch, evaluate
+    def __init__(self, compiled: Compiled, layout: Layout, memory: Packed, batch: int, kernels: Kernels | None = None):
+        self.code, self.layout, self.batch, self.kernels = compiled.code, layout, batch, kernels
         self.shapes = [(info.outputs, info.inputs) for info in compiled.weights]
         like = memory.kept
         self.held = {
@@ -46,7 +61,7 @@ class Machine:
         self.clock = torch.zeros(1, dtype=torch.int64, device=like.device)  # t, which a replayed step must find on the device
         self.energies = torch.zeros(self.code.steps + 1, self.code.energies, dtype=torch.float64, device=like.device)
         # What the programs of a formula add to each energy, one after the other.
-        self.parts = torch.zeros(self.code.energies, PARTS if evaluate else 0, dtype=torch.float64, device=like.device)
+        self.parts = torch.zeros(self.code.energies, PARTS if kernels else 0, dtype=torch.float64, device=like.device)
         self.constants: dict[int, tuple[Tensor, ...]] = {}  # of a draft, by its id: what it needs of arrays that the loop leaves alone
         places = {info.name: place for place, info in enumerate(compiled.weights)}
         self.learning = [places[name] for name in compiled.gradients] if compiled.moves_weights else []  # by gradient slot
@@ -98,13 +113,14 @@ class Machine:
 
     def step(self, stage: Stage) -> None:
         """One step of a stage."""
+        self.has_parts = stage.repeats and self.kernels is not None
         self.sums: dict[int, Tensor] = {}  # by slot; of two in one step, as sweeps in groups have them, the later counts
         self.learnt: dict[int, Tensor] = {}  # by gradient slot, of weights that move at every step
         for item, dying in zip(stage.items, stage.deaths, strict=True):
             self._run(item)
             for array in dying:
                 self.tensors.pop(array, None)
-        if stage.repeats and self.evaluate:
+        if self.has_parts:
             self._put_parts()
         elif self.sums:
             self._put_sums()
@@ -122,14 +138,15 @@ class Machine:
             _RUN[item.op](self, item)
 
     def _launch(self, fusion: Fusion) -> None:
-        assert self.evaluate is not None
+        assert self.kernels is not None
         written = fusion.written
         loads = [self.get(array) for array in written.loads]
-        stores = [self._written(array) for array in written.stores]
-        self.evaluate(written.formula, written.factors, written.scales, loads, stores, [self.parts[slot] for slot in fusion.slots])
+        stores = [self.memory_of(array) for array in written.stores]
+        parts = [self.parts[slot] for slot in fusion.slots]
+        self.kernels.evaluate(written.formula, written.factors, written.scales, loads, stores, parts)
 
-    def _written(self, array: Array) -> Tensor:
-        """Memory for all of an array; of a held one, its own."""
+    def memory_of(self, array: Array) -> Tensor:
+        """Where all of an array is to be written; of a held one, its own memory."""
         if array.root not in self.held:
             self.tensors[array] = torch.empty(self.batch, array.n, dtype=self.memory.kept.dtype, device=self.memory.kept.device)
         return self.get(array)
@@ -390,12 +407,21 @@ def _avgpool_t(m: Machine, i: Draft) -> None:
 
 
 def _loss(m: Machine, i: Draft) -> None:
-    assert i.a is not None and i.c is not None
-    losses, error = operations.loss(Loss(i.p[0]), i.p[1], m.get(i.a), m.maybe(i.b), m.get(i.c))
+    assert i.a is not None and i.c is not None and i.out is not None
+    mu, change, target = m.get(i.a), m.maybe(i.b), m.get(i.c)
+    if m.kernels is not None and m.has_parts and _is_fused_loss(m.kernels, i):
+        m.kernels.cross_entropy(mu, change, target, m.memory_of(i.out), i.f[0], m.parts[i.slot])
+        return
+    losses, error = operations.loss(Loss(i.p[0]), i.p[1], mu, change, target)
     m.put(i.out, error if i.f[0] == 1.0 else i.f[0] * error)
     m.sums[i.slot] = i.f[0] * losses.sum(dtype=torch.float64)
     if i.slot2 != ABSENT:
         m.io[i.slot2].view(m.batch).copy_(losses)
+
+
+def _is_fused_loss(kernels: Kernels, i: Draft) -> bool:
+    """Whether the kernel takes it. Losses of single samples, which the feed-forward pass is asked for, it does not write."""
+    return i.p[0] == Loss.CROSS_ENTROPY and i.slot2 == ABSENT and kernels.refuses(i.p[1]) is None
 
 
 def _error(m: Machine, i: Draft) -> None:

@@ -9,16 +9,27 @@ import pytest
 import torch
 from test_backends import MODELS, data
 from test_graph_tier import Recorded, found, recording  # noqa: F401
+from torch import Tensor
 
 import pckernels as pck
+from pckernels import tensor_operations as operations
 from pckernels.arena import Draft, atoms
 from pckernels.backends import graph
 from pckernels.compiler import Compiled
 from pckernels.formula import SUMS, evaluate
-from pckernels.instructions import Op
+from pckernels.instructions import Loss, Op
 from pckernels.ordering import dependences
 from pckernels.tensor_fusion import MOST_TENSORS, Fusion
 from pckernels.tensor_layout import Stage, layout
+from pckernels.tensor_machine import Kernels
+
+
+def cross_entropy(mu: Tensor, change: Tensor | None, target: Tensor, error: Tensor, factor: float, parts: Tensor) -> None:
+    """By PyTorch, in any dtype."""
+    losses, gap = operations.loss(Loss.CROSS_ENTROPY, mu.shape[1] // target.shape[1], mu, change, target)
+    error.copy_(factor * gap)
+    parts[0].copy_(factor * losses.sum(dtype=torch.float64))
+
 
 RULES = [
     pck.Strict(7, 0.1, momentum=0.5),
@@ -36,13 +47,14 @@ IDS = ["momentum", "top_down", "nudged", "tolerance", "fixed", "error_optimizati
 def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compiled]]:
     """The graph tier fuses launches in any dtype; a list of the codes that it has run."""
     ran: list[Compiled] = []
+    kernels = Kernels(evaluate, cross_entropy, lambda classes: None if classes < 1000 else "too many")
     execute = graph.execute
 
     def watched(compiled: Compiled, *rest: Any) -> None:
         ran.append(compiled)
         execute(compiled, *rest)
 
-    monkeypatch.setattr(graph, "_evaluator", lambda device, dtype: evaluate)
+    monkeypatch.setattr(graph, "_kernels", lambda device, dtype: kernels)
     monkeypatch.setattr(graph, "execute", watched)
     yield ran
 
@@ -59,6 +71,21 @@ def test_it_is_the_reference_in_float64(fused: list[Compiled], name: str, rule: 
     for key, expected in reference.items():
         torch.testing.assert_close(ours[key], expected, rtol=1e-11, atol=1e-12, msg=key)
     assert fusions(fused[-1])
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm"])
+def test_cross_entropy(fused: list[Compiled], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With positions, of which some are ignored; each step's is one launch, the feed-forward pass's, which has losses, is not."""
+    calls: list[str] = []
+    loss = operations.loss
+    monkeypatch.setattr(operations, "loss", lambda *arguments: calls.append("loss") or loss(*arguments))  # type: ignore[func-returns-value]
+    module, rule = MODELS[name].build().double(), RULES[0]
+    x, target = data(name, 5, "cross_entropy")
+    nets = [pck.PCNetwork(module, rule, loss="cross_entropy", backend=backend) for backend in ("graph", "reference")]
+    ours, reference = (found(network, x.double(), target) for network in nets)
+    for key, expected in reference.items():
+        torch.testing.assert_close(ours[key], expected, rtol=1e-11, atol=1e-12, msg=key)
+    assert len(calls) == 1 + 7  # the latter by the stand-in for the kernel
 
 
 def drafts_of(stage: Stage) -> list[Draft]:

@@ -21,11 +21,10 @@ from pckernels.backends.options import Scope
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled
 from pckernels.errors import Unsupported
-from pckernels.formula import Evaluate
 from pckernels.memory import Packed
 from pckernels.replay import Step
 from pckernels.tensor_layout import Layout, Stage, layout
-from pckernels.tensor_machine import Machine
+from pckernels.tensor_machine import Kernels, Machine
 
 DTYPES = (torch.float32, torch.float64)
 _KEPT = 4  # recordings; each keeps the memory of a whole inference
@@ -126,21 +125,27 @@ def _triton(interpreted: bool) -> tuple[bool, str]:
     return triton.availability()
 
 
-def _evaluator(device: torch.device, dtype: torch.dtype) -> Evaluate | None:
-    """What runs formulas, under the options of this context; None: launches are not fused."""
+def _kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
+    """What runs fused launches, under the options of this context; None: launches are not fused."""
     wanted = options.get().fused
     if wanted is False or (wanted is None and device.type == "cpu"):
         return None
     reason = _cannot_fuse(device, dtype)
     if wanted and reason is not None:
         raise Unsupported(reason)
-    return triton.kernels("rows").run if reason is None else None
+    return _of_triton() if reason is None else None
+
+
+@lru_cache(maxsize=1)
+def _of_triton() -> Kernels:
+    loss = triton.kernels("cross_entropy")
+    return Kernels(triton.kernels("rows").run, loss.cross_entropy, loss.refusal)
 
 
 def plan_for(compiled: Compiled | str, batch: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Plan:
     """Everything that compiles runs."""
     assert isinstance(compiled, Compiled)
-    fused = _evaluator(device, dtype) is not None
+    fused = _kernels(device, dtype) is not None
     steps = f"{layout(compiled, fused).launches} operations a step{', fused' if fused else ''}"
     return Plan(f"graph tier: state in memory, {steps}, {'each step a CUDA graph' if device.type == 'cuda' else 'operation by operation'}")
 
@@ -153,13 +158,13 @@ def run(call: Call) -> Outcome:
 def execute(compiled: Compiled, memory: Packed, batch: int, factor: float) -> None:
     """Run code over float32 or float64 tensors of one device."""
     device = memory.kept.device
-    evaluate = _evaluator(device, memory.kept.dtype)
+    kernels = _kernels(device, memory.kept.dtype)
     with _on(device):
         if compiled.sections and memory.update is None and replay.can_record(device):
-            _execute_recorded(compiled, memory, batch, factor, evaluate)
+            _execute_recorded(compiled, memory, batch, factor, kernels)
         else:
-            found = layout(compiled, evaluate is not None)
-            machine = Machine(compiled, found, memory, batch, evaluate)
+            found = layout(compiled, kernels is not None)
+            machine = Machine(compiled, found, memory, batch, kernels)
             _run_stages(machine, found, lambda stage: lambda: machine.step(stage), stops_early=device.type == "cpu")
             machine.finish(factor)
 
@@ -192,9 +197,9 @@ def _run_stages(machine: Machine, found: Layout, step_of: Callable[[Stage], Step
                 break
 
 
-def _execute_recorded(compiled: Compiled, memory: Packed, batch: int, factor: float, evaluate: Evaluate | None) -> None:
+def _execute_recorded(compiled: Compiled, memory: Packed, batch: int, factor: float, kernels: Kernels | None) -> None:
     """The first call of a shape runs plainly, so that the libraries set themselves up; its second call is recorded, and then replayed."""
-    recording = _recording_of(compiled, memory, batch, evaluate)
+    recording = _recording_of(compiled, memory, batch, kernels)
     machine = recording.machine
     recorder = replay.Recorder() if recording.calls == 1 else None
 
@@ -220,12 +225,12 @@ def _recorded(recorder: replay.Recorder, machine: Machine, stage: Stage) -> Step
     return step
 
 
-def _recording_of(compiled: Compiled, memory: Packed, batch: int, evaluate: Evaluate | None) -> _Recording:
+def _recording_of(compiled: Compiled, memory: Packed, batch: int, kernels: Kernels | None) -> _Recording:
     weights = tuple(weight.data_ptr() for weight in memory.weights)  # a replay reads them where they were
-    key = (compiled, batch, memory.kept.dtype, memory.kept.device, weights, memory.divisor, evaluate)
+    key = (compiled, batch, memory.kept.dtype, memory.kept.device, weights, memory.divisor, kernels)
     found = _recordings.get(key)
     if found is None:
-        found = _recordings[key] = _Recording(Machine(compiled, layout(compiled, evaluate is not None), memory, batch, evaluate))
+        found = _recordings[key] = _Recording(Machine(compiled, layout(compiled, kernels is not None), memory, batch, kernels))
         if len(_recordings) > _KEPT:
             _recordings.popitem(last=False)
     else:
