@@ -17,26 +17,58 @@ failures=0
 
 ALL=540 # seconds
 
-# part NAME SECONDS COMMAND..: runs it with a limit, its output in $OUT/NAME.log; where less is left of all, with that.
-part() {
-  local name=$1 limit=$2 start=$SECONDS code=0 verdict=ok left=$((ALL - SECONDS))
+# limited NAME SECONDS COMMAND..: runs it with a limit, or with what is left of all where that is less, its output in $OUT/NAME.log.
+limited() {
+  local name=$1 limit=$2 left=$((ALL - SECONDS))
   shift 2
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -lt 10 ]; then
-    failures=$((failures + 1))
-    summary+=("$(printf '%-22s %4ss  %s' "$name" 0 "no time left to begin")")
-    return
+    echo "no time left to begin" >"$OUT/$name.log"
+    return 124
   fi
-  echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || code=$?
-  if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
-    verdict="no time left after ${limit}s"
-  elif [ "$code" -ne 0 ]; then
-    verdict="FAILED ($code)"
+  timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+}
+
+# report NAME SECONDS CODE: what became of a part.
+report() {
+  local verdict=ok
+  if [ "$3" -eq 124 ] || [ "$3" -eq 137 ]; then
+    verdict="no time left"
+  elif [ "$3" -ne 0 ]; then
+    verdict="FAILED ($3)"
   fi
-  [ "$code" -eq 0 ] || failures=$((failures + 1))
-  tail -n 15 "$OUT/$name.log"
-  summary+=("$(printf '%-22s %4ss  %s' "$name" "$((SECONDS - start))" "$verdict")")
+  [ "$3" -eq 0 ] || failures=$((failures + 1))
+  tail -n 15 "$OUT/$1.log"
+  summary+=("$(printf '%-22s %4ss  %s' "$1" "$2" "$verdict")")
+}
+
+# part NAME SECONDS COMMAND..: one after the other.
+part() {
+  local code=0 start=$SECONDS
+  echo "== $1"
+  limited "$@" || code=$?
+  report "$1" "$((SECONDS - start))" "$code"
+}
+
+# beside NAME SECONDS COMMAND..: while the parts that follow run. `join` waits for all of them.
+names=() jobs=()
+beside() {
+  ( code=0
+    limited "$@" || code=$?
+    echo "$SECONDS $code" >"$OUT/$1.end" ) &
+  names+=("$1") jobs+=("$!")
+}
+
+join() {
+  local k seconds code
+  for k in "${!names[@]}"; do
+    wait "${jobs[$k]}"
+    read -r seconds code <"$OUT/${names[$k]}.end"
+    rm "$OUT/${names[$k]}.end"
+    echo "== ${names[$k]}"
+    report "${names[$k]}" "$seconds" "$code"
+  done
+  names=() jobs=()
 }
 
 # With pip where the build tools are there; where that leaves no CUDA module, with nvcc and g++ alone, in place.
@@ -70,31 +102,41 @@ sanitize() {
 export -f build sanitize
 
 nvidia-smi >"$OUT/nvidia-smi.log" 2>&1 || true
-part build 120 bash -c build
 # pckernels.triton is the folder triton_kernels once pckernels is installed; where it is not, a link for as long as this runs.
 if ! "$PYTHON" -c 'import pckernels.triton' 2>/dev/null; then
   ln -s ../triton_kernels pckernels/triton
   trap 'rm -f pckernels/triton' EXIT
 fi
-part tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_gpu.py --junitxml="$OUT/tests.xml"
-part graph 35 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_graph_gpu.py --junitxml="$OUT/graph-tests.xml"
+# What needs no CUDA module runs while it is built: Triton's kernels and the graph tier on the GPU (most of which is Triton compiling), and
+# what of Triton's needs no GPU: each kernel compiled within its budgets, and in the interpreter.
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
+INTERPRETED=(env TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= "${PYTEST[@]}")
+beside graph 230 "${PYTEST[@]}" tests/test_graph_gpu.py --junitxml="$OUT/graph-tests.xml"
+beside triton-tests 230 "${PYTEST[@]}" tests/test_triton_gpu.py tests/test_triton_rows.py tests/test_triton_step.py \
+  tests/test_triton_cross_entropy.py tests/test_triton_chain.py tests/test_triton_kernels.py --junitxml="$OUT/triton-tests.xml"
+beside compiled-tests 230 "${PYTEST[@]}" tests/test_triton_build.py tests/test_triton_pinned.py --junitxml="$OUT/compiled-tests.xml"
+beside interpreted-steps 230 "${INTERPRETED[@]}" tests/test_triton_rows.py tests/test_triton_step.py tests/test_triton_cross_entropy.py \
+  --junitxml="$OUT/interpreted-steps.xml"
+beside interpreted-chains 230 "${INTERPRETED[@]}" tests/test_triton_kernels.py tests/test_triton_chain.py \
+  --junitxml="$OUT/interpreted-chains.xml"
+part build 120 bash -c build
+part tests 100 "${PYTEST[@]}" tests/test_cuda_gpu.py --junitxml="$OUT/tests.xml"
+join
 for tool in memcheck racecheck synccheck initcheck; do
   # shellcheck disable=SC2016  # the inner bash expands it
   part "$tool" 25 bash -c 'sanitize "$1"' _ "$tool"
 done
 
 # The table of goals. Its cases come first, and the JSON is written after each: what no time is left for is named in the table.
-BENCH=$((ALL - SECONDS - 185)) # of the rest, all but what the parts below may take; they get less where that is too little
+BENCH=$((ALL - SECONDS - 95)) # of the rest, all but what the parts below may take; they get less where that is too little
 [ "$BENCH" -ge 150 ] || BENCH=150
 part bench "$BENCH" "$PYTHON" -m pckernels bench --suite gpu --limit $((BENCH - 20)) --json "$OUT/bench.json"
 part bench-tables 10 "$PYTHON" -m pckernels bench --from "$OUT/bench.json"
-part triton-tests 105 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton_gpu.py tests/test_triton_step.py \
-  tests/test_triton_chain.py tests/test_triton_kernels.py --junitxml="$OUT/triton-tests.xml"
 part benchmark 30 "$PYTHON" bench/gpu_step.py --out "$OUT/gpu_step.json" --limit 18
 part triton-benchmark 50 "$PYTHON" bench/gpu_triton.py --out "$OUT/gpu_triton.json" --limit 35
 
 # Skipped tests ran no kernel: all skipped is no success.
-for tests in tests graph-tests triton-tests; do
+for tests in tests graph-tests triton-tests compiled-tests interpreted-steps interpreted-chains; do
   if ! "$PYTHON" - "$OUT/$tests.xml" <<'PYTHON_END'
 import sys
 import xml.etree.ElementTree as tree

@@ -71,6 +71,24 @@ def test_samples_that_rest_and_weights_that_move(name: str, rule: pck.rules.Rule
             torch.testing.assert_close(found[key].cpu(), value, rtol=1e-9, atol=1e-11, msg=key)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn", "rnn"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_launches_fused_or_not(name: str, fused: bool) -> None:
+    """Cross-entropy too, whose positions are ignored where their class is -100. The plan says which it was."""
+    model, rule = backends.MODELS[name], pck.Strict(8, 0.05, momentum=0.5)
+    module = model.build()
+    exact, plain = (pck.PCNetwork(copy.deepcopy(module).to(dtype), rule, backend="reference") for dtype in (torch.float64, torch.float32))
+    ours = pck.PCNetwork(copy.deepcopy(module).cuda(), rule, backend="graph")
+    with graph.options(fused=fused):
+        for _ in range(3):
+            x, y = backends.data(name, 17, "cross_entropy")
+            found = backends.run(ours, rule, "cross_entropy", x.cuda(), y.cuda())
+            expected = backends.run(exact, rule, "cross_entropy", x.double(), y)
+            reference = backends.run(plain, rule, "cross_entropy", x, y)
+            backends.assert_no_worse({key: value.cpu() for key, value in found.items()}, reference, expected)
+        assert ("fused" in ours.infer(x.cuda(), y.cuda()).plan) == fused
+
+
 def test_vgg5_which_no_chip_holds() -> None:
     channels = (3, 128, 256, 512, 512)
     blocks = [layer for a, b in pairwise(channels) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.GELU(), nn.MaxPool2d(2))]
