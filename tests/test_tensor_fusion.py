@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import extra_case
 import pytest
 import torch
 from test_backends import MODELS, data
@@ -86,6 +87,13 @@ def test_cross_entropy(fused: list[Compiled], monkeypatch: pytest.MonkeyPatch, n
     for key, expected in reference.items():
         torch.testing.assert_close(ours[key], expected, rtol=1e-11, atol=1e-12, msg=key)
     assert len(calls) == 1 + 7  # the latter by the stand-in for the kernel
+
+
+@pytest.mark.parametrize(("name", "precision"), [("cnn", "elements"), ("skip", "learned"), ("mlp", None)])
+def test_precisions_and_backward_weights(fused: list[Compiled], name: str, precision: str | None) -> None:
+    """In float32, as accurate as the reference."""
+    extra_case.assert_as_good("graph", name, pck.Relaxed(pck.Strict(4, 0.1), "learned", False), 5, precision)
+    assert fusions(fused[-1])
 
 
 def drafts_of(stage: Stage) -> list[Draft]:
