@@ -6,7 +6,7 @@ STAMP := $(VENV)/.pckernels-installed
 OUT := out
 COMPILED := tests/test_triton_build.py
 # test_triton_absent.py runs where there is no Triton, and all others are skipped.
-INTERPRETED := $(addprefix tests/test_triton_,absent.py op.py kernels.py rows.py step.py cross_entropy.py chain.py machine.py)
+INTERPRETED := $(addprefix tests/test_triton_,absent.py op.py kernels.py rows.py step.py cross_entropy.py max_pool.py chain.py machine.py)
 INTERPRET = TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
 
 # The tensors of the demo and of the tests are too small to be worth a second thread each.

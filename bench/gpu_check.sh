@@ -113,10 +113,11 @@ PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
 INTERPRETED=(env TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= "${PYTEST[@]}")
 beside graph 230 "${PYTEST[@]}" tests/test_graph_gpu.py --junitxml="$OUT/graph-tests.xml"
 beside triton-tests 230 "${PYTEST[@]}" tests/test_triton_gpu.py tests/test_triton_rows.py tests/test_triton_step.py \
-  tests/test_triton_cross_entropy.py tests/test_triton_chain.py tests/test_triton_kernels.py --junitxml="$OUT/triton-tests.xml"
+  tests/test_triton_cross_entropy.py tests/test_triton_max_pool.py tests/test_triton_chain.py tests/test_triton_kernels.py \
+  --junitxml="$OUT/triton-tests.xml"
 beside compiled-tests 230 "${PYTEST[@]}" tests/test_triton_build.py tests/test_triton_pinned.py --junitxml="$OUT/compiled-tests.xml"
 beside interpreted-steps 230 "${INTERPRETED[@]}" tests/test_triton_rows.py tests/test_triton_step.py tests/test_triton_cross_entropy.py \
-  --junitxml="$OUT/interpreted-steps.xml"
+  tests/test_triton_max_pool.py --junitxml="$OUT/interpreted-steps.xml"
 beside interpreted-chains 230 "${INTERPRETED[@]}" tests/test_triton_kernels.py tests/test_triton_chain.py \
   --junitxml="$OUT/interpreted-chains.xml"
 part build 120 bash -c build

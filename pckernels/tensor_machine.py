@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +30,26 @@ conv_shape, pool_shape = lru_cache(maxsize=256)(ConvShape), lru_cache(maxsize=25
 
 @dataclass(frozen=True)
 class Kernels:
-    """What runs fused launches: formulas, and the cross-entropy of an output, as pckernels.triton has them.
+    """What runs fused launches, as pckernels.triton has them.
 
     Attributes:
+        evaluate: formulas.
         cross_entropy: of mu, change or None, target, error to be written, factor, parts of its energy.
         refuses: why there are too many classes for it, or None.
+        max_pool: maxima_change and maxima_feedback of windows side by side, over MOST elements at most (max_pool.py); None: by PyTorch.
     """
 
     evaluate: Evaluate
     cross_entropy: Callable[[Tensor, Tensor | None, Tensor, Tensor, float, Tensor], None]
     refuses: Callable[[int], str | None]
+    max_pool: Any = None
+
+    def can_pool(self, shape: PoolShape, *tensors: Tensor) -> bool:
+        return (
+            self.max_pool is not None
+            and shape.is_side_by_side
+            and all(tensor.is_contiguous() and tensor.numel() <= self.max_pool.MOST for tensor in tensors)
+        )
 
 
 class Machine:
@@ -148,7 +159,9 @@ class Machine:
     def memory_of(self, array: Array) -> Tensor:
         """Where all of an array is to be written; of a held one, its own memory."""
         if array.root not in self.held:
-            self.tensors[array] = torch.empty(self.batch, array.n, dtype=self.memory.kept.dtype, device=self.memory.kept.device)
+            like = self.memory.kept
+            dtype = torch.int64 if array in self.layout.places else like.dtype
+            self.tensors[array] = torch.empty(self.batch, array.n, dtype=dtype, device=like.device)
         return self.get(array)
 
     @property
@@ -376,21 +389,37 @@ def _maxpool(m: Machine, i: Draft) -> None:
 
 
 def _maxpool_change(m: Machine, i: Draft) -> None:
-    assert i.a is not None and i.b is not None and i.c is not None
-    (known,) = m.constants.get(id(i), (None,))
-    values, places = operations.maxima_change(pool_shape(i.p), m.get(i.a), m.get(i.b), m.get(i.c), known)
+    assert i.a is not None and i.b is not None and i.c is not None and i.out is not None and i.d is not None
+    shape, inputs = pool_shape(i.p), (m.get(i.a), m.get(i.b), m.get(i.c))
+    if m.kernels is not None and m.kernels.can_pool(shape, *inputs):
+        m.kernels.max_pool.maxima_change(*_sizes(shape), *inputs, m.memory_of(i.out), m.memory_of(i.d))
+        return
+    known = m.constants.get(id(i)) or (None,)
+    values, places = operations.maxima_change(shape, *inputs, known[0])
     m.put(i.out, values)
     m.put(i.d, places)
 
 
+def _sizes(shape: PoolShape) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]:
+    return (shape.height, shape.width), (shape.out_h, shape.out_w), shape.kernel
+
+
 def _maxpool_constants(m: Machine, i: Draft) -> tuple[Tensor, ...]:
     assert i.a is not None and i.c is not None
-    return (operations.maxima_constants(pool_shape(i.p), m.get(i.a), m.get(i.c)),)
+    shape, inputs = pool_shape(i.p), (m.get(i.a), m.get(i.c))
+    if m.kernels is not None and m.kernels.can_pool(shape, *inputs):
+        return ()  # it subtracts as it reads
+    return (operations.maxima_constants(shape, *inputs),)
 
 
 def _maxpool_grad(m: Machine, i: Draft) -> None:
-    assert i.a is not None and i.b is not None
-    m.put(i.out, operations.maxima_feedback(pool_shape(i.p), m.get(i.a), m.get(i.b)), i.accumulate)
+    assert i.a is not None and i.b is not None and i.out is not None
+    shape, inputs = pool_shape(i.p), (m.get(i.a), m.get(i.b))
+    if m.kernels is not None and m.kernels.can_pool(shape, *inputs):
+        adds = i.accumulate
+        m.kernels.max_pool.maxima_feedback(*_sizes(shape), *inputs, m.get(i.out) if adds else m.memory_of(i.out), adds)
+        return
+    m.put(i.out, operations.maxima_feedback(shape, *inputs), i.accumulate)
 
 
 def _avgpool(m: Machine, i: Draft) -> None:

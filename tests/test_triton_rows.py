@@ -5,6 +5,8 @@ In the interpreter, or on a GPU where there is one (the inferences: test_graph_g
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import test_backends as backends
 import torch
@@ -149,20 +151,23 @@ CASES += [("mlp", pck.ErrorOptimization(3, 0.1, momentum=0.3), "squared_error"),
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("name", "rule", "loss"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_inferences(name: str, rule: pck.rules.Rule, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = []
+    launches: list[str] = []
     kernels = graph._of_triton()
+    for kernel in ("maxima_change", "maxima_feedback"):
+        pooled = getattr(kernels.max_pool, kernel)
+        monkeypatch.setattr(kernels.max_pool, kernel, lambda *a, kernel=kernel, pooled=pooled: launches.append(kernel) or pooled(*a))
 
     def counted(*arguments: object) -> None:
         launches.append("rows")
         kernels.evaluate(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(graph, "_of_triton", lambda: type(kernels)(counted, kernels.cross_entropy, kernels.refuses))
+    monkeypatch.setattr(graph, "_of_triton", lambda: dataclasses.replace(kernels, evaluate=counted))
     with graph.options(fused=True):
         backends.assert_as_good("graph", name, rule, 5, loss)
         _, network = backends.networks(name)
         network.backend, network.rule, network.loss = "graph", rule, loss
         assert "operations a step, fused" in network.infer(*backends.data(name, 5, loss)).plan
-    assert launches
+    assert set(launches) == {"rows", *(["maxima_change", "maxima_feedback"] if name == "cnn" else [])}
 
 
 @needs_interpreter

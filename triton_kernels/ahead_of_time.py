@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("cross_entropy", "local_update", "relax", "relax_mlp", "relax_mlp_pinned", "rows", "step_update", "tables")
+MODULES = ("cross_entropy", "local_update", "max_pool", "relax", "relax_mlp", "relax_mlp_pinned", "rows", "step_update", "tables")
 BUDGET = Path(__file__).parent / "budget.json"
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # what a block may opt into

@@ -139,7 +139,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
 @lru_cache(maxsize=1)
 def _of_triton() -> Kernels:
     loss = triton.kernels("cross_entropy")
-    return Kernels(triton.kernels("rows").run, loss.cross_entropy, loss.refusal)
+    return Kernels(triton.kernels("rows").run, loss.cross_entropy, loss.refusal, triton.kernels("max_pool"))
 
 
 def plan_for(compiled: Compiled | str, batch: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Plan:
