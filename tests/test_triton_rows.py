@@ -11,7 +11,7 @@ import pytest
 import test_backends as backends
 import torch
 from fast_interpreter import install
-from torch import Tensor
+from torch import Tensor, nn
 from triton_case import DEVICE, relative_error, require_a_way_to_run
 
 import pckernels as pck
@@ -143,14 +143,21 @@ def test_nothing_is_done_for_an_empty_batch() -> None:
 needs_interpreter = pytest.mark.skipif(DEVICE != "cpu", reason="compares tensors of the CPU; on a GPU test_graph_gpu.py does")
 STRICT = pck.Strict(4, 0.05, momentum=0.5)
 CASES = [("mlp", STRICT, "cross_entropy"), ("mlp", pck.FixedPrediction(4, 0.3, solver="iterate"), "squared_error")]
-CASES += [(name, STRICT, "squared_error") for name in ("cnn", "skip", "residual", "lstm")]
+CASES += [(name, STRICT, "squared_error") for name in ("pooled", "cnn", "skip", "residual", "lstm")]
 CASES += [("mlp", pck.ErrorOptimization(3, 0.1, momentum=0.3), "squared_error"), ("rnn", STRICT, "cross_entropy")]
+
+
+def pooled() -> nn.Module:
+    """Pooling behind a prediction that moves, with a row and a column left over."""
+    layers = [nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(16, 3))
 
 
 @needs_interpreter
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("name", "rule", "loss"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_inferences(name: str, rule: pck.rules.Rule, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.MODELS, "pooled", backends.Model(pooled, (2, 7, 7), (3,)))
     launches: list[str] = []
     kernels = graph._of_triton()
     for kernel in ("maxima_change", "maxima_feedback"):
@@ -167,7 +174,10 @@ def test_inferences(name: str, rule: pck.rules.Rule, loss: str, monkeypatch: pyt
         _, network = backends.networks(name)
         network.backend, network.rule, network.loss = "graph", rule, loss
         assert "operations a step, fused" in network.infer(*backends.data(name, 5, loss)).plan
-    assert set(launches) == {"rows", *(["maxima_change", "maxima_feedback"] if name == "cnn" else [])}
+    assert set(launches) == {
+        "rows",
+        *(["maxima_change", "maxima_feedback"] if name == "pooled" else ["maxima_feedback"] if name == "cnn" else []),
+    }
 
 
 @needs_interpreter
