@@ -161,8 +161,8 @@ def test_inferences(name: str, rule: pck.rules.Rule, loss: str, monkeypatch: pyt
     launches: list[str] = []
     kernels = graph._of_triton()
     for kernel in ("maxima_change", "maxima_feedback"):
-        pooled = getattr(kernels.max_pool, kernel)
-        monkeypatch.setattr(kernels.max_pool, kernel, lambda *a, kernel=kernel, pooled=pooled: launches.append(kernel) or pooled(*a))
+        run = getattr(kernels.max_pool, kernel)
+        monkeypatch.setattr(kernels.max_pool, kernel, lambda *a, kernel=kernel, run=run: launches.append(kernel) or run(*a))
 
     def counted(*arguments: object) -> None:
         launches.append("rows")
