@@ -24,6 +24,7 @@ from pckernels.graph import ComputationGraph, Trace
 from pckernels.losses import Loss
 from pckernels.match import Matched
 from pckernels.objective import Objective
+from pckernels.optimizers import check_holds, check_optimizer
 from pckernels.options import Option, changed
 from pckernels.precision import Precision, is_learned
 from pckernels.rollback import Rollback
@@ -39,7 +40,7 @@ class PCNetwork(nn.Module):
     """A PyTorch module that learns by predictive coding. It has the module's own parameters and state_dict keys.
 
     Where the rule has weights of its own (Relaxed), or precisions are learned, those are parameters too, made at the first trace:
-    `extra_parameters()`, with keys `pc.*` in the state_dict.
+    `extra_parameters()`, with keys `pc.*` in the state_dict. Call `trace(x)` before you make an optimizer over `parameters()`.
 
     All but the module can be set between calls, as in `network.rule = ..`, and are checked then as here. The names of the network's
     own attributes and methods are its own: where the module has a member `loss`, `network.loss` is the network's and
@@ -138,7 +139,7 @@ class PCNetwork(nn.Module):
     def extra_parameters(self) -> dict[str, nn.Parameter]:
         """What is learned beside the module's parameters, by name: backward weights `feedback.<parameter>`, of the weight's shape; error
         weights `error_weights.<vertex>` (features, features); and `log_precision.<vertex>` (). They are among `parameters()`; those
-        that are random do not require grad.
+        that are random do not require grad. `step` refuses an optimizer that lacks one that learns.
 
         Raises RuntimeError before the first trace, if there will be any.
         """
@@ -239,12 +240,17 @@ class PCNetwork(nn.Module):
 
         Incremental does this at each of its T steps, so that `.grad` is that of the last; if anything is raised, as InferenceDiverged
         is after the T steps, parameters, `.grad` and the optimizer's state are as they were before the first.
+
+        Raises, beside what `backward` raises:
+            ValueError: the optimizer holds no parameter of the network, or lacks one of `extra_parameters()` that learns.
+            Unsupported: the optimizer needs a closure (LBFGS).
         """
         if optimizer is None and args and isinstance(args[-1], torch.optim.Optimizer):
             *rest, optimizer = args
             args = tuple(rest)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError("step needs an optimizer over the module's parameters: step(x, target, optimizer).")
+            raise TypeError("step needs an optimizer over the network's parameters: step(x, target, optimizer).")
+        check_optimizer(optimizer, self.parameters())
         inputs, target = _with_target(args, target, "step")
         _check_scale(scale)
         wish = Wish(clamp, free, target_mask)
@@ -274,7 +280,7 @@ class PCNetwork(nn.Module):
             optimizer.step()
 
         with Rollback(self, optimizer):
-            return self._run(inputs, kwargs, target, scale, learn=True, record=False, update=update, wish=wish)
+            return self._run(inputs, kwargs, target, scale, learn=True, record=False, optimizer=optimizer, update=update, wish=wish)
 
     def infer(
         self,
@@ -390,11 +396,13 @@ class PCNetwork(nn.Module):
             pull, divisor = matched.objective(objective), matched.divisor
             extra, clamps = self._bind_extra(traced, arguments), wish.clamps(traced, arguments, self.rule)
             tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale * matched.factor / divisor
+            if optimizer is not None:
+                check_holds(optimizer, _learned(extra, tensors))
             call = Call(traced, tensors, pull, matched.rule, learn, record, factor, arguments.size, divisor, update, extra, clamps)
             name, run, why = dispatch.choose(self.backend, call)
             outcome = _explaining(module, run, call)
             self._check(outcome)
-            if optimizer is not None:
+            if optimizer is not None and update is None:
                 optimizer.zero_grad()
             self._commit(module, call, outcome)
             clamped_outputs = {} if objective is None or self.rule.dynamics.is_nudged else objective.clamped
@@ -540,6 +548,12 @@ def _tensors(traced: Trace, module: nn.Module, arguments: Arguments) -> dict[str
         if key is not None:
             tensors[key] = clamped(leaf)
     return tensors
+
+
+def _learned(extra: Extra, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The extra parameters of a call that learn: of the backward weights those whose weight learns."""
+    idle = {name for key, name in extra.feedback.items() if not tensors[key].requires_grad}
+    return {name: tensors[name] for name in extra.names if tensors[name].requires_grad and name not in idle}
 
 
 def _member(module: nn.Module, name: str, registry: str) -> Tensor:
