@@ -100,8 +100,11 @@ class Wish:
         """
         if not _given(self.clamp) and not _given(self.free):
             return Clamps()
-        _check_rule(rule, _given(self.clamp))
-        held = {name: _held(name, given, traced, arguments) for name, given in _mapping(self.clamp).items()}
+        wanted = _mapping(self.clamp)
+        for name in wanted:  # before the rule: one that took clamps would not take these
+            _check_hidden(name, traced)
+        _check_rule(rule, bool(wanted))
+        held = {name: _held(name, given, traced, arguments) for name, given in wanted.items()}
         freed = {}
         for name, how in _freed(self.free).items():
             x = _input(name, traced, arguments)
@@ -148,7 +151,6 @@ def _mapping(clamp: Any) -> Mapping[str, Any]:
 
 
 def _held(name: str, given: Any, traced: Trace, arguments: Arguments) -> Held:
-    _check_hidden(name, traced)
     value, mask = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
     if not isinstance(value, Tensor):
         raise TypeError(f"clamp[{name!r}] must be a tensor, or a tuple (tensor, mask); got {_kind(given)}.")

@@ -21,30 +21,37 @@ from pckernels.dispatch import Run
 from pckernels.errors import InferenceDiverged, Unsupported
 from pckernels.extra import PREFIX, ExtraParameters
 from pckernels.graph import ComputationGraph, Trace
-from pckernels.losses import Loss, check_loss
-from pckernels.match import Matched, check_match
+from pckernels.losses import Loss
+from pckernels.match import Matched
 from pckernels.objective import Objective
-from pckernels.placement import check_value_nodes
-from pckernels.precision import Precision, check_precision, is_learned
+from pckernels.optimizers import check_holds, check_optimizer
+from pckernels.options import Option, changed
+from pckernels.precision import Precision, is_learned
 from pckernels.rollback import Rollback
-from pckernels.rules import Rule, require_choice
+from pckernels.rules import Rule
 from pckernels.tracing import trace
 
 _TRACES = 16  # per network; a new training mode, dtype, device or sequence length takes one
 _MISSING = object()
+_OWN = ("_options", "_extra", "_traces", "_latest", "training")  # attributes of a network, beside its options and properties
 
 
 class PCNetwork(nn.Module):
     """A PyTorch module that learns by predictive coding. It has the module's own parameters and state_dict keys.
 
     Where the rule has weights of its own (Relaxed), or precisions are learned, those are parameters too, made at the first trace:
-    `extra_parameters()`, with keys `pc.*` in the state_dict.
+    `extra_parameters()`, with keys `pc.*` in the state_dict. Call `trace(x)` before you make an optimizer over `parameters()`.
+
+    All but the module can be set between calls, as in `network.rule = ..`, and are checked then as here. The names of the network's
+    own attributes and methods are its own: where the module has a member `loss`, `network.loss` is the network's and
+    `network.module.loss` the module's, in its place as it was.
 
     Args:
         module: any nn.Module that torch.export can capture.
         rule: Strict, ErrorOptimization, Incremental, FixedPrediction or ZeroDivergence, or Relaxed over one of these.
         loss: "squared_error" (1/2 sum over features), "cross_entropy" (logits with classes last, int64 targets, -100
-            ignored, summed over positions), or f(output, target) -> (B,); per sample, batch first.
+            ignored, summed over positions), or f(output, target) -> (B,); per sample, batch first. A loss that is an nn.Module moves
+            with the network's `.to()`, and is no part of it otherwise: parameters of its own do not learn here.
         reduction: "mean" divides `.grad` and `inference.loss` by the batch size alone, "sum" leaves them.
         value_nodes: "layer", "op", or names of submodules (see placement.py).
         batch_dim: where the batch lies in the inputs; in an output it is found by itself.
@@ -63,8 +70,13 @@ class PCNetwork(nn.Module):
         Unsupported: the backend is not available.
     """
 
-    module: nn.Module
+    rule, loss, reduction = Option[Rule](), Option[Loss](), Option[str]()
+    value_nodes, batch_dim = Option[str | tuple[str, ...]](), Option[int]()
+    backend, check = Option[str](), Option[str]()
+    precision, match = Option[Precision](), Option[str | None]()
     _extra: ExtraParameters
+    _traces: OrderedDict[Any, Trace]
+    _latest: tuple[Any, Trace] | None
 
     def __init__(
         self,
@@ -82,28 +94,12 @@ class PCNetwork(nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module; got {type(module).__name__}.")
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule must be a rule such as pckernels.Strict(steps=20, rate=0.1); got {type(rule).__name__}.")
-        check_loss(loss)
-        require_choice("reduction", reduction, ("mean", "sum"))
-        require_choice("check", check, ("sync", "deferred"))
-        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):
-            raise TypeError(f"batch_dim must be an int; got {type(batch_dim).__name__}.")
-        if batch_dim < 0:
-            raise ValueError(f"batch_dim must be 0 or more; got {batch_dim}.")
-        dispatch.check_backend(backend)
-        check_precision(precision)
-        check_match(match, rule, loss, reduction)
-        inner = _unwrapped(module)
-        check_value_nodes(value_nodes, [name for name, _ in inner.named_modules()])
+        options: dict[str, Any] = {"rule": rule, "loss": loss, "reduction": reduction, "value_nodes": value_nodes, "batch_dim": batch_dim}
+        options |= {"backend": backend, "check": check, "precision": precision, "match": match}
+        options = changed({}, options, _unwrapped(module))
         self._adopt(module)
-        self.rule, self.loss, self.reduction = rule, loss, reduction
-        self.value_nodes = value_nodes if isinstance(value_nodes, str) else tuple(value_nodes)
-        self.batch_dim, self.backend, self.check = batch_dim, backend, check
-        self.precision, self.match = precision, match
-        self.__dict__["_extra"] = ExtraParameters()  # not in the registries, which are the module's
-        self._traces: OrderedDict[Any, Trace] = OrderedDict()
-        self._latest: tuple[Any, Trace] | None = None
+        # Not by nn.Module's __setattr__, which looks into the registries, and they are the module's.
+        self.__dict__.update(_options=options, _extra=ExtraParameters(), _traces=OrderedDict(), _latest=None)
 
     def _adopt(self, module: nn.Module) -> None:
         # Sharing the registries gives this network the module's own parameters and state_dict keys, without a prefix.
@@ -112,6 +108,27 @@ class PCNetwork(nn.Module):
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = inner.__dict__[registry]
         self.__dict__["training"] = module.training
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set one of the network's own attributes, or, by any other name, what nn.Module sets: members of the module among it."""
+        if name not in _OWN and not isinstance(getattr(type(self), name, None), Option | property):
+            super().__setattr__(name, value)
+        elif isinstance(value, Tensor) and (name in self._parameters or name in self._buffers):
+            setattr(_unwrapped(self.module), name, value)  # no option is a tensor; load_state_dict(assign=True) sets members so
+        else:
+            object.__setattr__(self, name, value)
+
+    def _change_option(self, name: str, value: Any) -> None:
+        self.__dict__["_options"] = changed(self.__dict__["_options"], {name: value}, _unwrapped(self.module))
+        if name == "value_nodes":  # of all options the one that traces depend on and are not kept under
+            self._traces.clear()
+            self._latest = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that was given."""
+        module: nn.Module = self.__dict__["module"]
+        return module
 
     def train(self, mode: bool = True) -> PCNetwork:
         """Set the training mode of the network and its module."""
@@ -122,7 +139,7 @@ class PCNetwork(nn.Module):
     def extra_parameters(self) -> dict[str, nn.Parameter]:
         """What is learned beside the module's parameters, by name: backward weights `feedback.<parameter>`, of the weight's shape; error
         weights `error_weights.<vertex>` (features, features); and `log_precision.<vertex>` (). They are among `parameters()`; those
-        that are random do not require grad.
+        that are random do not require grad. `step` refuses an optimizer that lacks one that learns.
 
         Raises RuntimeError before the first trace, if there will be any.
         """
@@ -138,8 +155,22 @@ class PCNetwork(nn.Module):
         if self._extra._parameters:
             yield f"{prefix}.{PREFIX[:-1]}" if prefix else PREFIX[:-1], self._extra
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module's, and itself for ""."""
+        return _unwrapped(self.module).get_submodule(target) if target else self
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The module's."""
+        return _unwrapped(self.module).get_parameter(target)
+
+    def get_buffer(self, target: str) -> Tensor:
+        """The module's."""
+        return _unwrapped(self.module).get_buffer(target)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PCNetwork:
         self._extra._apply(fn, recurse)
+        if isinstance(self.loss, nn.Module):
+            self.loss._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -209,12 +240,17 @@ class PCNetwork(nn.Module):
 
         Incremental does this at each of its T steps, so that `.grad` is that of the last; if anything is raised, as InferenceDiverged
         is after the T steps, parameters, `.grad` and the optimizer's state are as they were before the first.
+
+        Raises, beside what `backward` raises:
+            ValueError: the optimizer holds no parameter of the network, or lacks one of `extra_parameters()` that learns.
+            Unsupported: the optimizer needs a closure (LBFGS).
         """
         if optimizer is None and args and isinstance(args[-1], torch.optim.Optimizer):
             *rest, optimizer = args
             args = tuple(rest)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError("step needs an optimizer over the module's parameters: step(x, target, optimizer).")
+            raise TypeError("step needs an optimizer over the network's parameters: step(x, target, optimizer).")
+        check_optimizer(optimizer, self.parameters())
         inputs, target = _with_target(args, target, "step")
         _check_scale(scale)
         wish = Wish(clamp, free, target_mask)
@@ -244,7 +280,7 @@ class PCNetwork(nn.Module):
             optimizer.step()
 
         with Rollback(self, optimizer):
-            return self._run(inputs, kwargs, target, scale, learn=True, record=False, update=update, wish=wish)
+            return self._run(inputs, kwargs, target, scale, learn=True, record=False, optimizer=optimizer, update=update, wish=wish)
 
     def infer(
         self,
@@ -356,16 +392,17 @@ class PCNetwork(nn.Module):
             traced = self._trace(arguments)
             known = wish.target_mask
             objective = None if target is None else Objective(self.loss, traced, target, arguments, self.check == "sync", known)
-            check_match(self.match, self.rule, self.loss, self.reduction)
             matched = Matched(self.match, self.rule, self.reduction, arguments.size, self.loss)
             pull, divisor = matched.objective(objective), matched.divisor
             extra, clamps = self._bind_extra(traced, arguments), wish.clamps(traced, arguments, self.rule)
             tensors, factor = _tensors(traced, module, arguments) | self._extra.tensors(extra), scale * matched.factor / divisor
+            if optimizer is not None:
+                check_holds(optimizer, _learned(extra, tensors))
             call = Call(traced, tensors, pull, matched.rule, learn, record, factor, arguments.size, divisor, update, extra, clamps)
             name, run, why = dispatch.choose(self.backend, call)
             outcome = _explaining(module, run, call)
             self._check(outcome)
-            if optimizer is not None:
+            if optimizer is not None and update is None:
                 optimizer.zero_grad()
             self._commit(module, call, outcome)
             clamped_outputs = {} if objective is None or self.rule.dynamics.is_nudged else objective.clamped
@@ -511,6 +548,12 @@ def _tensors(traced: Trace, module: nn.Module, arguments: Arguments) -> dict[str
         if key is not None:
             tensors[key] = clamped(leaf)
     return tensors
+
+
+def _learned(extra: Extra, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The extra parameters of a call that learn: of the backward weights those whose weight learns."""
+    idle = {name for key, name in extra.feedback.items() if not tensors[key].requires_grad}
+    return {name: tensors[name] for name in extra.names if tensors[name].requires_grad and name not in idle}
 
 
 def _member(module: nn.Module, name: str, registry: str) -> Tensor:

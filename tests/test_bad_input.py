@@ -252,30 +252,51 @@ def test_a_diverging_rate_is_reported_and_changes_nothing(rate: float, how: str,
     assert same(state_of(wild, optimizer), before)
 
 
-def constructor(**options: Any) -> Callable[[], object]:
-    return lambda: pck.PCNetwork(Classifier().double(), **{"rule": pck.Strict(2, 0.1), **options})
+OPTIONS: dict[str, tuple[dict[str, Any], tuple[type[Exception], ...]]] = {
+    "rule is a string": ({"rule": "strict"}, TYPE),
+    "rule is a class": ({"rule": pck.Strict}, TYPE),
+    "loss has no such name": ({"loss": "squared"}, VALUE),
+    "loss is a number": ({"loss": 3}, TYPE),
+    "reduction has no such name": ({"reduction": "average"}, VALUE),
+    "reduction is None": ({"reduction": None}, TYPE),
+    "value_nodes has no such name": ({"value_nodes": "layers"}, VALUE),
+    "value_nodes is a number": ({"value_nodes": 2}, TYPE),
+    "value_nodes lists a number": ({"value_nodes": ["a", 2]}, TYPE),
+    "value_nodes lists no submodule": ({"value_nodes": ["a", "nowhere"]}, VALUE),
+    "value_nodes lists one twice": ({"value_nodes": ["a", "a"]}, VALUE),
+    "batch_dim is a string": ({"batch_dim": "first"}, TYPE),
+    "batch_dim is a float": ({"batch_dim": 0.0}, TYPE),
+    "batch_dim is negative": ({"batch_dim": -1}, VALUE),
+    "backend has no such name": ({"backend": "tpu"}, VALUE),
+    "backend is a number": ({"backend": 1}, TYPE),
+    "check has no such name": ({"check": "never"}, VALUE),
+    "check is a bool": ({"check": True}, TYPE),
+    "precision is negative": ({"precision": -1.0}, VALUE),
+    "precision is a tensor": ({"precision": torch.ones(1)}, TYPE),
+    "match has no such name": ({"match": "someone"}, VALUE),
+    "match is a number": ({"match": 2020}, TYPE),
+    "match has no such rule": ({"match": "millidge2020"}, VALUE),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bad_options_of_a_constructor(name: str) -> None:
+    options, errors = OPTIONS[name]
+    assert_refused(lambda: pck.PCNetwork(Classifier().double(), **{"rule": pck.Strict(2, 0.1), **options}), errors)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_bad_option_is_refused_when_it_is_set_and_the_old_one_stays(name: str) -> None:
+    ((option, value),), errors = OPTIONS[name][0].items(), OPTIONS[name][1]
+    network, optimizer, _ = subject("classifier", "strict", "squared_error")
+    before, old = state_of(network, optimizer), getattr(network, option)
+    assert_refused(lambda: setattr(network, option, value), errors)
+    assert getattr(network, option) is old and same(state_of(network, optimizer), before)
 
 
 CONSTRUCTIONS: dict[str, tuple[Callable[[], object], tuple[type[Exception], ...]]] = {
     "module is a function": (lambda: pck.PCNetwork(torch.tanh, pck.ZeroDivergence()), TYPE),
     "module is a class": (lambda: pck.PCNetwork(Classifier, pck.ZeroDivergence()), TYPE),
-    "rule is a string": (constructor(rule="strict"), TYPE),
-    "rule is a class": (constructor(rule=pck.Strict), TYPE),
-    "loss has no such name": (constructor(loss="squared"), VALUE),
-    "loss is a number": (constructor(loss=3), TYPE),
-    "reduction has no such name": (constructor(reduction="average"), VALUE),
-    "reduction is None": (constructor(reduction=None), TYPE),
-    "value_nodes has no such name": (constructor(value_nodes="layers"), VALUE),
-    "value_nodes is a number": (constructor(value_nodes=2), TYPE),
-    "value_nodes lists a number": (constructor(value_nodes=["a", 2]), TYPE),
-    "value_nodes lists no submodule": (constructor(value_nodes=["a", "nowhere"]), VALUE),
-    "value_nodes lists one twice": (constructor(value_nodes=["a", "a"]), VALUE),
-    "batch_dim is a string": (constructor(batch_dim="first"), TYPE),
-    "batch_dim is a float": (constructor(batch_dim=0.0), TYPE),
-    "backend has no such name": (constructor(backend="tpu"), VALUE),
-    "backend is a number": (constructor(backend=1), TYPE),
-    "check has no such name": (constructor(check="never"), VALUE),
-    "check is a bool": (constructor(check=True), TYPE),
     "negative steps": (lambda: pck.Strict(-1, 0.1), VALUE),
     "fractional steps": (lambda: pck.Strict(1.5, 0.1), TYPE),
     "steps True": (lambda: pck.FixedPrediction(True, 0.1), TYPE),

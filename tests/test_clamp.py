@@ -305,6 +305,16 @@ def test_a_nudge_to_one_side_takes_no_clamp_but_frees_inputs(case) -> None:
     assert not torch.equal(pcn.infer(x, target, free="x").values["x"], x)
 
 
+@pytest.mark.parametrize("rule", [pck.Strict(3, 0.1, nudge=0.2), pck.ZeroDivergence()], ids=str)
+def test_a_name_that_no_rule_clamps_is_told_before_the_rule(case, rule) -> None:
+    """Or the remedy would be a rule, which then has another."""
+    module, x, target = case
+    for name in ("an output", "an input", "an unknown name"):
+        options, error, words = BAD[name]
+        with pytest.raises(error, match=words):
+            pck.PCNetwork(module, rule).infer(x, target, **options)
+
+
 def test_without_a_target_nothing_relaxes(case) -> None:
     module, x, _ = case
     for options in ({"clamp": {"inner": torch.zeros(4, 7)}}, {"free": "x"}, {"target_mask": torch.ones(4, 3).bool()}):
