@@ -53,3 +53,9 @@ def fastest_of_ours(case: Record) -> Record:
 def contender(case: Record, name: str) -> Record | None:
     """By name, or None."""
     return next((c for c in case["contenders"] if c["name"] == name), None)
+
+
+def memories(record: Record) -> list[Record]:
+    """The rows of memory in T; older records hold one alone."""
+    found: list[Record] | Record = record["curves"].get("memory") or []
+    return [found] if isinstance(found, dict) else found
