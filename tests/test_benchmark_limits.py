@@ -32,7 +32,7 @@ def everyone(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Arena, list[C
     running = []
     network = types.SimpleNamespace(infer=lambda *_: types.SimpleNamespace(backend=running[0], plan=""))
     monkeypatch.setattr(Arena, "network", network)
-    arena = Arena(case, torch.nn.Linear(5, 3), torch.ones(1, 5), torch.ones(1, 3), 1)  # of any module: what they compute is made up
+    arena = Arena(case, torch.nn.Linear(60, 40), torch.ones(1, 60), torch.ones(1, 40), 1)  # of any module: what they compute is made up
     ours = {**contenders.OURS_ON_CPU, **contenders.OURS_ON_GPU, **contenders.OTHER_TIERS, "reference": contenders._backend("reference")}
     rivals = {name: contenders.RIVALS[name] for name in ("autograd", "autograd, compiled", "loop", "loop, compiled")}
     found = []
