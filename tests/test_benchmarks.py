@@ -242,6 +242,14 @@ def test_a_rival_that_fails_stops_nobody_else(monkeypatch):
         runner.run(small_case(), SETTING)
 
 
+@pytest.mark.parametrize(("taken", "stands"), [("host", "host"), ("reference", "auto")])
+def test_auto_stands_for_ours_only_where_it_took_what_has_no_times_of_its_own(taken, stands):
+    """Else the faster of two timings of one backend would be compared with one of everyone else."""
+    rows = [{"name": name, "ours": True, "threads": 1, "plan": "", "ms": {"median": ms}} for name, ms in (("host", 2.0), ("graph", 3.0))]
+    rows.append({**rows[0], "name": "auto", "plan": f"{taken}: strict dynamics", "ms": {"median": 1.9}})
+    assert record.fastest_of_ours({"contenders": rows})["name"] == stands
+
+
 # The loops by hand
 
 
