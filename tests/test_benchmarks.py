@@ -417,6 +417,13 @@ def test_the_peak_of_a_call_does_not_rise_with_the_number_of_steps():
     assert all(max(row["bytes"].values()) - min(row["bytes"].values()) < 2**20 for row in found)
 
 
+def test_memory_of_what_the_engine_does_not_take_is_the_graph_tiers(monkeypatch):
+    """As on a GPU of a network that does not fit: the row says whose memory it is."""
+    monkeypatch.setattr(curves, "backend_for", lambda device: "triton")
+    for row in curves.memory(torch.device("cpu"), [curves.Memory(SMALL, 4, (1, 2))]):
+        assert row["backend"] == "graph" and "state_bytes" not in row
+
+
 def test_memory_that_grows_with_the_number_of_steps_is_seen(monkeypatch):
     """As if a backend kept 256 KiB of every step until its call ends."""
     call = curves._call

@@ -183,7 +183,7 @@ def _floor(code: Compiled, setting: Setting) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Something whose memory is measured as T grows; backend: None for the engine of the device."""
+    """Something whose memory is measured as T grows; backend: None for the engine of the device, where it takes the call."""
 
     model: Model
     batch: int
@@ -209,15 +209,15 @@ def memory(device: torch.device, measured: Sequence[Memory] = MEMORIES) -> list[
 
 def _memory_of(which: Memory, device: torch.device) -> dict[str, Any]:
     module, (x, target) = which.model.build().to(device), which.model.data(which.batch, device)
-    backend = which.backend or backend_for(device)
-    network = PCNetwork(module, strict(which.steps[0]), backend=backend, **which.model.pc)
+    network = PCNetwork(module, strict(which.steps[0]), **which.model.pc)
+    network.backend = backend = which.backend or fitting_backend(network, x, target, device)
     found = {}
     for steps in which.steps:
         network.rule = strict(steps)
         _call(network, x, target)
         found[str(steps)] = min(peak_of(partial(_call, network, x, target), device) for _ in range(CALLS))
     row = {"model": which.model.name, "batch": which.batch, "backend": backend, "bytes": found}
-    return row if which.backend else {**row, "state_bytes": state_bytes(network, x, which.steps)}
+    return row if backend == "graph" else {**row, "state_bytes": state_bytes(network, x, which.steps)}
 
 
 def state_bytes(network: PCNetwork, x: torch.Tensor, steps: Sequence[int]) -> dict[str, int]:
