@@ -15,12 +15,13 @@ import torch
 
 import pckernels as pck
 from pckernels import bench
-from pckernels.backends import host, selection
+from pckernels.backends import graph, host, selection
 from pckernels.benchmarks import (
     ceilings,
     contenders,
     curves,
     eager,
+    goals,
     guard,
     ledger,
     models,
@@ -32,7 +33,7 @@ from pckernels.benchmarks import (
     timing,
     verification,
 )
-from pckernels.benchmarks.cases import EXACT, GPU, SUITES, Case, strict, suite
+from pckernels.benchmarks.cases import CLOSED, EXACT, GPU, PAPER_MLP, SUITES, Case, rule_name, strict, suite
 from pckernels.cli import main
 
 SMALL = models.mlp((12, 20, 16, 3))
@@ -174,7 +175,34 @@ def test_ours_too_is_captured_in_a_cuda_graph_where_calls_do_not_wait(monkeypatc
     plain = contenders._backend("host")(arena, "host")
     runner.verify(arena.case, arena, [made, plain])
     assert arena.network.check == "sync"  # whoever runs sets it
-    assert {"cuda", "cuda, CUDA graph", "graph", "graph, CUDA graph", "triton"} == set(contenders.OURS_ON_GPU)
+    assert {"cuda", "cuda, CUDA graph", "graph", "graph, CUDA graph", "graph, unfused", "triton"} == set(contenders.OURS_ON_GPU)
+
+
+def test_the_graph_tier_takes_part_as_plain_pytorch_too(monkeypatch):
+    """Beside what lies between products in one launch: the same by PyTorch's own kernels, at every call."""
+    fused = []
+    network = types.SimpleNamespace(
+        infer=lambda *_: fused.append(graph.options.get().fused) or types.SimpleNamespace(backend="graph", plan=""),
+        backward=lambda *_: fused.append(graph.options.get().fused),
+    )
+    monkeypatch.setattr(contenders.Arena, "network", network)
+    arena = runner._arena(small_case(), SETTING, 0)
+    for name, wanted in (("graph", None), ("graph, unfused", False)):
+        contenders.OURS_ON_GPU[name](arena, name).run()
+        assert fused == [wanted, wanted] and graph.options.get().fused is None
+        fused.clear()
+
+
+def test_what_auto_takes_and_the_graph_tier_take_part_on_a_cpu():
+    """Where a case asks for them: beside the engine, so that a reader sees whether "auto" takes what is fastest."""
+    found, _ = contenders.contenders(runner._arena(small_case(tiers=True), SETTING, 0))
+    assert [c.name for c in found] == ["host", "auto", "graph", "autograd", "loop"]
+    assert found[1].plan == f"host: {found[0].plan}"
+    learns = small_case(rule=pck.Incremental(3, 0.1, weight_rate=0.1), tiers=True)
+    found, refused = contenders.contenders(runner._arena(learns, SETTING, 0))
+    assert [c.name for c in found] == ["auto", "graph", "autograd"] and set(refused) == {"host", "loop"}
+    assert found[0].plan.startswith("reference: ") and found[0].limit == learns.limit_of_values
+    assert found[1].limit == learns.limit
 
 
 def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
@@ -214,6 +242,14 @@ def test_a_rival_that_fails_stops_nobody_else(monkeypatch):
         runner.run(small_case(), SETTING)
 
 
+@pytest.mark.parametrize(("taken", "stands"), [("host", "host"), ("reference", "auto")])
+def test_auto_stands_for_ours_only_where_it_took_what_has_no_times_of_its_own(taken, stands):
+    """Else the faster of two timings of one backend would be compared with one of everyone else."""
+    rows = [{"name": name, "ours": True, "threads": 1, "plan": "", "ms": {"median": ms}} for name, ms in (("host", 2.0), ("graph", 3.0))]
+    rows.append({**rows[0], "name": "auto", "plan": f"{taken}: strict dynamics", "ms": {"median": 1.9}})
+    assert record.fastest_of_ours({"contenders": rows})["name"] == stands
+
+
 # The loops by hand
 
 
@@ -240,7 +276,7 @@ def test_a_loop_by_hand_is_the_reference(model, momentum):
     assert verification.distance(found, verification.gradients_of(module)) < 1e-9
 
 
-@pytest.mark.parametrize(("oracle", "rule"), [("loop", strict(6)), ("autograd", EXACT)])
+@pytest.mark.parametrize(("oracle", "rule"), [("loop", strict(6)), ("autograd", EXACT), ("autograd", CLOSED)])
 def test_an_oracle_that_takes_less_time_is_the_reference(oracle, rule):
     case = small_case(rule=rule, oracle=oracle)
     arena = runner._arena(case, SETTING, 0)
@@ -260,6 +296,33 @@ def test_a_suite_has_each_case_once_and_knows_all_rivals(name):
         assert set(case.rivals) <= {*contenders.RIVALS, contenders.TWO_THREADS}
         assert all(" / " in goal for goal in case.goals)
         assert "loop" not in case.rivals or case.model.loop in eager.LOOPS
+
+
+def test_every_rule_has_a_row_on_the_perceptron_of_the_paper():
+    rows = [case for case in suite("cpu") if case.model.name.startswith(PAPER_MLP.name) and case.batch == 64]
+    assert {type(case.rule) for case in rows} == set(pck.rules.Rule.__subclasses__())
+    assert {case.rule.solver for case in rows if isinstance(case.rule, pck.FixedPrediction)} == {"iterate", "closed_form"}
+    assert any(case.rule.dynamics.is_nudged for case in rows) and any(case.model.precision for case in rows)
+    for case in rows:
+        if case.model.precision or not isinstance(case.rule, pck.Strict) or case.rule.dynamics.is_nudged:
+            arena = runner._arena(replace(case, model=SMALL), SETTING, 0)  # no loop by hand may stand for another rule
+            with pytest.raises(pck.Unsupported, match="no loop by hand"):
+                contenders._loop(replace(arena, case=case), "loop")
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (strict(8, 0.6), "strict T=8, momentum 0.6"),
+        (CLOSED, "fixed prediction T=200, rate 1, closed form"),
+        (pck.Incremental(20, 0.1), "incremental T=20"),
+        (pck.Strict(20, 0.1, nudge=("centered", 0.1)), "strict T=20, nudged by 0.1 and -0.1"),
+        (pck.Relaxed(strict(3), "learned", False, "random"), "strict T=3, learned feedback, without f', random error weights"),
+        (pck.Relaxed(EXACT, "random"), "exact (zero divergence), random feedback"),
+    ],
+)
+def test_the_name_of_a_rule_says_what_is_not_usual(rule, name):
+    assert rule_name(rule) == name
 
 
 def test_the_goals_of_the_native_engine_are_in_the_cpu_suite():
@@ -338,19 +401,44 @@ def test_ceilings_bound_a_count_from_below():
 def test_state_and_results_do_not_grow_with_the_number_of_steps():
     """The form of the code may differ between few and many steps (Gram or not), and never by more than an array or two."""
     module, (x, _) = models.mlp().build(), models.mlp().data(8)
-    sizes = curves.state_bytes(module, x, 8)
+    sizes = curves.state_bytes(pck.PCNetwork(module, strict(1)), x, (1, 10, 100, 1000))
     assert set(sizes) == {"1", "10", "100", "1000"}
     assert sizes["100"] == sizes["1000"]
     assert max(sizes.values()) < 1.1 * min(sizes.values())
 
 
 def test_the_peak_of_a_call_does_not_rise_with_the_number_of_steps():
-    found = curves.memory(torch.device("cpu"), batch=64)
-    if found is None:
+    found = curves.memory(torch.device("cpu"), [replace(which, batch=64) for which in curves.MEMORIES])
+    if not found:
         pytest.skip("this system does not say what the peak of resident memory is")
-    kept = 1000 * found["state_bytes"]["1000"]  # if every step were kept: more than a GiB
+    kept = 1000 * found[0]["state_bytes"]["1000"]  # if every step were kept: more than a GiB
     assert kept > 2**30
-    assert max(found["bytes"].values()) - min(found["bytes"].values()) < 2**20
+    assert [(row["model"].split()[0], row["backend"]) for row in found] == [("MLP", "host"), ("RNN", "host"), ("MLP", "graph")]
+    assert all(max(row["bytes"].values()) - min(row["bytes"].values()) < 2**20 for row in found)
+
+
+def test_memory_of_what_the_engine_does_not_take_is_the_graph_tiers(monkeypatch):
+    """As on a GPU of a network that does not fit: the row says whose memory it is."""
+    monkeypatch.setattr(curves, "backend_for", lambda device: "triton")
+    for row in curves.memory(torch.device("cpu"), [curves.Memory(SMALL, 4, (1, 2))]):
+        assert row["backend"] == "graph" and "state_bytes" not in row
+
+
+def test_memory_that_grows_with_the_number_of_steps_is_seen(monkeypatch):
+    """As if a backend kept 256 KiB of every step until its call ends."""
+    call = curves._call
+
+    def keeps(network, x, target):
+        kept = [torch.ones(1 << 16) for _ in range(network.rule.steps)]
+        call(network, x, target)
+        return kept
+
+    monkeypatch.setattr(curves, "_call", keeps)
+    found = curves.memory(torch.device("cpu"), [curves.Memory(SMALL, 4, (1, 400), "graph")])
+    if not found:
+        pytest.skip("this system does not say what the peak of resident memory is")
+    (goal,) = goals.reached({"suite": "cpu", "cases": [], "left_out": [], "curves": {"memory": found}})
+    assert goal.met is False
 
 
 # What is shown comes from the JSON

@@ -48,9 +48,14 @@ def record() -> dict[str, Any]:
         "bend": 0.01,
         "floor_ms_a_step": 0.05,
     }
-    memory = {"model": "MLP", "batch": 256, "bytes": {"1": 0, "10": 4096, "100": 0, "1000": 0}}
+    memory = {"model": "MLP", "batch": 256, "backend": "cuda", "bytes": {"1": 0, "10": 4096, "100": 0, "1000": 0}}
     memory["state_bytes"] = {"1": 90, "10": 100, "100": 100, "1000": 100}
-    curves = {"depths": depths, "slopes": [slope, {**slope, "rule": "fixed prediction"}, {**slope, "model": "CNN"}], "memory": memory}
+    plain = {"model": "MLP", "batch": 256, "backend": "graph", "bytes": {"1": 0, "10": 0, "100": 8192}}
+    curves = {
+        "depths": depths,
+        "slopes": [slope, {**slope, "rule": "fixed prediction"}, {**slope, "model": "CNN"}],
+        "memory": [memory, plain],
+    }
     return {"suite": "gpu", "registered": [runner.about(case) for case in cases], "cases": rows, "left_out": [], "curves": curves}
 
 
@@ -60,25 +65,30 @@ def table(record: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
 
 def test_the_table_of_a_gpu_has_exactly_the_rows_that_were_promised(record: dict[str, Any]) -> None:
     """The project's targets on a GPU, in their order, each by whichever of ours was fastest in float32."""
-    mlp, sgd = "MLP 784-300-300-10", "exact (zero divergence), with SGD's step"
-    exact = [
-        (f"{name}, {sgd}", f"{CAPTURED} / {other}", found, goal, verdict)
-        for name in (f"{mlp}, batch 64", "the paper's CNN, batch 64", "LSTM 256, 50 letters, batch 64", "VGG5, batch 128")
-        for other, found, goal, verdict in (("autograd, CUDA graph", "0.80", "1.00", "met"), ("autograd", "0.50", "0.50", "met"))
-    ]
+    mlp = "MLP 784-300-300-10"
+    exact, closed = (
+        [
+            (f"{name}, {rule}, with SGD's step", f"{CAPTURED} / {other}", found, goal, verdict)
+            for name in (f"{mlp}, batch 64", "the paper's CNN, batch 64", "LSTM 256, 50 letters, batch 64", "VGG5, batch 128")
+            for other, found, goal, verdict in (("autograd, CUDA graph", "0.80", "1.00", "met"), ("autograd", "0.50", "0.50", "met"))
+        ]
+        for rule in ("exact (zero divergence)", "fixed prediction T=200, rate 1, closed form")
+    )
     resident = sum(case.model.name.startswith("MLP") for case in suite("gpu"))
     assert table(record) == [
         (f"{mlp}, batch 64, strict T=20", f"{CAPTURED} / loop", "0.01", "0.05", "met"),
         (f"{mlp}, batch 64, strict T=20", f"{CAPTURED} / loop, CUDA graph", "0.06", "0.17", "met"),
         *exact,
         ("VGG5, batch 128, strict T=8, momentum 0.6", f"{CAPTURED} / autograd", "0.50", "4.00", "met"),
+        *closed,
         (f"{mlp}, batch 64, strict T=20", "ours / loop, CUDA graph, the worst batch of 8 from 1 to 8192", "0.06", "1.00", "met"),
         ("MLP of width 128, batch 64, strict", "time a step, 32 layers / 4", "2.50", "2.00", "not met"),
         (f"{mlp}, batch 64, strict T=20", f"floor / ours, the worst of {resident} resident cases", "0.62", "0.50", "met"),
         ("MLP, batch 64, strict", "time a step / predicted", "1.11, straight to 1.0%", "1 +- 0.20", "met"),
         ("MLP, batch 64, fixed prediction", "time a step / predicted", "1.11, straight to 1.0%", "1 +- 0.20", "met"),
         ("CNN, batch 64, strict", "time a step / predicted", "1.11, straight to 1.0%", "1 +- 0.20", "met"),
-        ("MLP, batch 256, strict", "memory at T = 1, 10, 100, 1000", "state the same, peaks within 4 KiB", "flat", "met"),
+        ("MLP, batch 256, strict, cuda", "memory at T = 1, 10, 100, 1000", "state the same, peaks within 4 KiB", "flat", "met"),
+        ("MLP, batch 256, strict, graph", "memory at T = 1, 10, 100", "peaks within 8 KiB", "flat", "met"),
     ]
 
 
@@ -86,8 +96,19 @@ def test_each_row_has_its_floor(record: dict[str, Any]) -> None:
     for goal in goals.reached(record):
         assert goal.floor is not None or goal.what.startswith("memory"), goal
     head, rows = tables.targets(record)
-    assert head == ["case", "what", "found", "goal", "", "ours, ms", "floor, ms", "products alone, ms"]
-    assert rows[0][5:] == ["0.400", "0.250", "0.300"] and all(len(row) == len(head) for row in rows)
+    assert head == ["case", "what", "found", "middle half", "goal", "", "ours, ms", "floor, ms", "products alone, ms"]
+    assert rows[0][6:] == ["0.400", "0.250", "0.300"] and all(len(row) == len(head) for row in rows)
+
+
+def test_a_ratio_stands_beside_the_middle_half_of_its_rounds(record: dict[str, Any]) -> None:
+    """So that 0.51 against 0.50 can be judged; one of medians, such as a peer's, has none."""
+    case = record["cases"][0]
+    ratio = next(r for r in case["ratios"] if r["ours"] == CAPTURED and r["other"] == "loop")
+    ratio.update(median=0.26, low=0.246, high=0.28, met=False)
+    assert tables.targets(record)[1][0][2:6] == ["0.26", "0.25 - 0.28", "0.05", "not met"]
+    for name in ("low", "high"):
+        del ratio[name]
+    assert tables.targets(record)[1][0][3] == ""
 
 
 def test_half_precision_wins_no_goal(record: dict[str, Any]) -> None:
@@ -130,7 +151,7 @@ def test_what_was_not_measured_stays_in_the_table_with_its_reason(record: dict[s
         "curves": {},
     }
     rows = table(empty)
-    assert len(rows) == len(table(record)) - 2  # the three slopes are one row
+    assert len(rows) == len(table(record)) - 3  # the three slopes are one row, and so are both of memory
     assert all(row[2] == "" and row[4].startswith("not measured: ") for row in rows)
     refused = copy.deepcopy(record)
     refused["cases"][0] = {**refused["cases"][0], "refused": "numbers disagree", "ratios": [], "contenders": []}
@@ -153,7 +174,7 @@ def test_goals_of_a_gpu_are_not_those_of_a_cpu() -> None:
 def test_the_goals_come_first_on_a_gpu() -> None:
     """So that a time limit leaves out what no goal needs, first of all what has to be compiled."""
     needed = [bool(case.goals) or "batch" in case.axes for case in suite("gpu")]
-    assert needed == sorted(needed, reverse=True) and 12 <= sum(needed) <= 16
+    assert needed == sorted(needed, reverse=True) and 16 <= sum(needed) <= 20
     compiled = [k for k, case in enumerate(suite("gpu")) if any("compiled" in rival for rival in case.rivals)]
     assert compiled and min(compiled) > sum(needed)
 
@@ -174,5 +195,6 @@ def test_the_goals_come_first_on_a_gpu() -> None:
 def test_memory_is_flat_if_the_state_is_the_same_and_peaks_differ_by_noise(state: list[int], peaks: list[int], met: bool) -> None:
     keys = ("1", "10", "100", "1000")
     memory = {"model": "m", "batch": 1, "bytes": dict(zip(keys, peaks, strict=True)), "state_bytes": dict(zip(keys, state, strict=True))}
-    (found,) = goals.reached({"suite": "cpu", "cases": [], "left_out": [], "curves": {"memory": memory}})
-    assert found.met is met
+    for rows in ([memory], memory):  # older records hold one row alone
+        (found,) = goals.reached({"suite": "cpu", "cases": [], "left_out": [], "curves": {"memory": rows}})
+        assert found.met is met

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pckernels.backends import cuda, host, triton
+from pckernels.backends import cuda, graph, host, triton
 from pckernels.benchmarks import eager
 from pckernels.benchmarks.cases import Case
 from pckernels.benchmarks.timing import recorded
 from pckernels.benchmarks.verification import Gradients, gradients_of
 from pckernels.errors import Unsupported
 from pckernels.network import PCNetwork
+from pckernels.rules import Strict
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Contender:
         name: as it is printed.
         ours: whether it is pckernels.
         computes: "rule": the case's rule; "backprop": what autograd computes.
-        limit: how far its gradients may be from their oracle.
+        limit: how far its gradients may be from their oracle. drift: how far float32 may take them where `proof` shows that they are right.
+        proof: what shows it: "float64", "steps" (a short T) or "size" (see proof.py), or "".
+        elsewhere: its gradients in another arena.
         run: one call; gradients: one call's, in the order of the module's parameters.
         threads: of PyTorch, where it is not the case's.
         plan: what ran, in words.
@@ -68,6 +71,9 @@ class Contender:
     gradients: Callable[[], Gradients]
     threads: int
     plan: str = ""
+    drift: float = 0.0
+    proof: str = ""
+    elsewhere: Callable[[Arena], Gradients] | None = None
 
     @contextmanager
     def threaded(self) -> Iterator[None]:
@@ -86,7 +92,7 @@ def contenders(arena: Arena) -> tuple[list[Contender], dict[str, str]]:
     refused: dict[str, str] = {}
     for name, make in _makers(arena):
         try:
-            found.append(make(arena, name))
+            found.append(_made(arena, name, make))
         except Unsupported as error:
             refused[name] = str(error)
         except Exception as error:
@@ -94,18 +100,23 @@ def contenders(arena: Arena) -> tuple[list[Contender], dict[str, str]]:
                 raise
             refused[name] = f"it failed: {type(error).__name__}: {error}"
     if not any(contender.ours for contender in found):
-        found.insert(0, _backend("reference")(arena, "reference"))
+        found.insert(0, _made(arena, "reference", _backend("reference")))
     return found, refused
 
 
 Maker = Callable[[Arena, str], Contender]
 
 
+def _made(arena: Arena, name: str, make: Maker) -> Contender:
+    """Here, and as it would be made in another arena."""
+    return replace(make(arena, name), elsewhere=lambda other: make(other, name).gradients())
+
+
 def _makers(arena: Arena) -> Iterator[tuple[str, Maker]]:
     on_gpu, case = arena.device.type == "cuda", arena.case
     yield from (OURS_ON_GPU if on_gpu else OURS_ON_CPU).items()
-    if on_gpu and case.tiers:
-        yield from OTHER_TIERS.items()
+    if case.tiers:
+        yield from (OTHER_TIERS if on_gpu else OTHERS_ON_CPU).items()
     if case.reference:
         yield "reference", _backend("reference")
     for name in dict.fromkeys(("autograd", *case.rivals)):
@@ -131,7 +142,7 @@ def _captured(make: Callable[..., Contender]) -> Maker:
             replay()
             return [tensor.clone() for tensor in found]
 
-        return Contender(name, contender.ours, contender.computes, contender.limit, replay, gradients, contender.threads, contender.plan)
+        return replace(contender, name=name, run=replay, gradients=gradients)
 
     return maker
 
@@ -147,8 +158,11 @@ def captured(run: Callable[[], object], arena: Arena) -> tuple[Callable[[], None
 # Ours
 
 
-def _backend(backend: str, options: Callable[[], AbstractContextManager[Any]] = nullcontext, limit: float = 0.0, threads: int = 0) -> Maker:
-    """A call of a backend; `check` is as the network's default, which reads one flag from the device."""
+Options = Callable[[], AbstractContextManager[Any]]
+
+
+def _backend(backend: str, options: Options = nullcontext, threads: int = 0, rounded: bool = False) -> Maker:
+    """A call of a backend; `check` is as the network's default, which reads one flag from the device. rounded: operands of products are."""
 
     def make(arena: Arena, name: str, check: str = "sync") -> Contender:
         case, network, finish = arena.case, arena.network, arena.optimizer_step()
@@ -162,11 +176,19 @@ def _backend(backend: str, options: Callable[[], AbstractContextManager[Any]] = 
 
         network.backend, network.check = backend, check
         with options():
-            plan = network.infer(arena.x, arena.target).plan
-        own = case.limit_of_values if backend == "reference" else case.limit  # in float32 it keeps values as values
-        return Contender(name, True, "rule", max(limit, own), run, _left_in(arena, run), threads or arena.threads, plan)
+            found = network.infer(arena.x, arena.target)
+        plan = f"{found.backend}: {found.plan}" if backend == "auto" else found.plan
+        own = {"proof": "size", "drift": ROUNDED} if rounded else _own_limits(case, found.backend)
+        return replace(Contender(name, True, "rule", case.limit, run, _left_in(arena, run), threads or arena.threads, plan), **own)
 
     return make
+
+
+def _own_limits(case: Case, backend: str) -> dict[str, Any]:
+    """How a backend in float32 is held against float64: the reference keeps values as values, and runs in float64 too."""
+    if backend == "reference":
+        return {"limit": case.limit_of_values, "drift": DRIFT, "proof": "float64"}
+    return {"drift": case.drift, "proof": "steps"} if case.drift else {}
 
 
 def _left_in(arena: Arena, run: Callable[[], object]) -> Callable[[], Gradients]:
@@ -186,20 +208,23 @@ def _deferred(make: Callable[..., Contender]) -> Callable[..., Contender]:
 
 
 TWO_THREADS = "host, two threads"
-HALF = 5e-2  # what products in bf16 may cost
+ROUNDED = 5e-2  # what products in tf32 or bf16 may cost
+DRIFT = 0.5  # of float32, where float64 has shown that it is float32 alone
 OURS_ON_CPU: dict[str, Maker] = {"host": _backend("host")}
+OTHERS_ON_CPU: dict[str, Maker] = {"auto": _backend("auto"), "graph": _backend("graph")}
 OURS_ON_GPU: dict[str, Maker] = {
     "cuda": _backend("cuda"),
     "cuda, CUDA graph": _captured(_deferred(_backend("cuda"))),
     "graph": _backend("graph"),
     "graph, CUDA graph": _captured(_deferred(_backend("graph"))),
+    "graph, unfused": _backend("graph", lambda: graph.options(fused=False)),
     "triton": _backend("triton"),
 }
 OTHER_TIERS: dict[str, Maker] = {
     "cuda, stream": _backend("cuda", lambda: cuda.options(tier="stream")),
     "cuda, resident": _backend("cuda", lambda: cuda.options(tier="resident")),
-    "cuda, tf32": _backend("cuda", lambda: cuda.options("tf32"), 5e-3),
-    "cuda, bf16": _backend("cuda", lambda: cuda.options("bf16"), HALF),
+    "cuda, tf32": _backend("cuda", lambda: cuda.options("tf32"), rounded=True),
+    "cuda, bf16": _backend("cuda", lambda: cuda.options("bf16"), rounded=True),
 }
 
 
@@ -214,27 +239,32 @@ def _autograd(arena: Arena, name: str, wrap: Callable[[Callable[..., Any]], Call
         (0.5 * (arena.target - forward(arena.x)).square().sum()).backward()
         finish()
 
-    return Contender(name, False, "backprop", arena.case.limit, run, _left_in(arena, run), arena.threads, "loss.backward()")
+    found = Contender(name, False, "backprop", arena.case.limit, run, _left_in(arena, run), arena.threads, "loss.backward()")
+    return replace(found, drift=DRIFT, proof="float64")
 
 
 def _loop(arena: Arena, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda loop: loop) -> Contender:
-    case, dynamics = arena.case, arena.case.rule.dynamics
-    if case.trains or case.model.loop is None or dynamics.moves != "values" or dynamics.learn_at_each_step:
+    case, rule = arena.case, arena.case.rule
+    plain = isinstance(rule, Strict) and rule == Strict(rule.steps, rule.rate, rule.momentum)
+    if case.trains or case.model.loop is None or case.model.precision or not plain:
         raise Unsupported("no loop by hand computes this rule on this model, or takes an optimizer's step")
+    dynamics = rule.dynamics
     function = wrap(eager.LOOPS[case.model.loop])
     options = {"momentum": dynamics.momentum} if dynamics.momentum else {}
 
     def run() -> Gradients:
         return function(arena.module, arena.x, arena.target, dynamics.steps, dynamics.rate, **options)
 
-    words = "the energy's gradient by autograd, step by step" if case.model.loop == "chain" else "every product and derivative by hand"
-    return Contender(name, False, "rule", case.limit_of_values, run, run, arena.threads, words)
+    found = Contender(name, False, "rule", case.limit_of_values, run, run, arena.threads, "every product and derivative by hand")
+    return replace(found, drift=DRIFT, proof="float64")
 
 
 def _compiled(make: Callable[..., Contender]) -> Maker:
+    """The same by `torch.compile`. In float64 it would be another program: what it computes in float32 has to be right."""
+
     def maker(arena: Arena, name: str) -> Contender:
         torch.compiler.reset()
-        return make(arena, name, torch.compile)
+        return replace(make(arena, name, torch.compile), drift=0.0, proof="")
 
     return maker
 

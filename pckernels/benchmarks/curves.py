@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from pckernels.backends import selection
 from pckernels.benchmarks import timing, work
 from pckernels.benchmarks.cases import CNN, EXACT, PAPER_MLP, RATE, rule_name, strict
 from pckernels.benchmarks.ledger import ledger
-from pckernels.benchmarks.models import Model, deep_mlp
+from pckernels.benchmarks.models import NAMES_RNN, Model, deep_mlp
 from pckernels.benchmarks.probes import Probes, Times
 from pckernels.benchmarks.runner import Setting, tile_of
 from pckernels.benchmarks.verification import autograd_gradients, gradients_of, require_agreement, whole_distance
@@ -27,7 +27,6 @@ from pckernels.errors import Unsupported
 from pckernels.network import PCNetwork
 from pckernels.rules import FixedPrediction, Rule
 
-STEPS = (1, 10, 100, 1000)  # of the memory's row
 BATCH = 64
 
 
@@ -182,30 +181,53 @@ def _floor(code: Compiled, setting: Setting) -> dict[str, float]:
     return {"floor_ms_a_step": setting.ceilings.floor(ledger(code, BATCH, tile).step, resident)}
 
 
-def memory(device: torch.device, batch: int = 256) -> dict[str, Any] | None:
-    """Bytes by which one call raises the peak of memory at each T, after a first call of the same T; None where nobody can tell.
+@dataclass(frozen=True)
+class Memory:
+    """Something whose memory is measured as T grows; backend: None for the engine of the device, where it takes the call."""
 
+    model: Model
+    batch: int
+    steps: tuple[int, ...] = (1, 10, 100)
+    backend: str | None = None
+
+
+CALLS = 3
+MEMORIES = (Memory(PAPER_MLP, 256, (1, 10, 100, 1000)), Memory(NAMES_RNN, 256), Memory(PAPER_MLP, 256, backend="graph"))
+
+
+def memory(device: torch.device, measured: Sequence[Memory] = MEMORIES) -> list[dict[str, Any]]:
+    """For each: bytes by which one call raises the peak of memory at each T, after a first call of the same T; none where nobody can tell.
+
+    Of several calls the one that raised it least: another's may be the allocator, which is still growing its pools.
     Of a GPU, what PyTorch has given out; on the CPU, resident pages of the process, of which a few dozen KiB are noise. Results that
-    grow by nature are the energies, 8 bytes a vertex and step.
+    grow by nature are the energies, 8 bytes a vertex and step. Of an engine, also the bytes of state and results that its code fixes.
     """
     if device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
-        return None
-    module, (x, target) = PAPER_MLP.build().to(device), PAPER_MLP.data(batch, device)
+        return []
+    return [_memory_of(which, device) for which in measured]
+
+
+def _memory_of(which: Memory, device: torch.device) -> dict[str, Any]:
+    module, (x, target) = which.model.build().to(device), which.model.data(which.batch, device)
+    network = PCNetwork(module, strict(which.steps[0]), **which.model.pc)
+    network.backend = backend = which.backend or fitting_backend(network, x, target, device)
     found = {}
-    for steps in STEPS:
-        network = PCNetwork(module, strict(steps), backend=backend_for(device), **PAPER_MLP.pc)
+    for steps in which.steps:
+        network.rule = strict(steps)
         _call(network, x, target)
-        found[str(steps)] = peak_of(partial(_call, network, x, target), device)
-    return {"model": PAPER_MLP.name, "batch": batch, "bytes": found, "state_bytes": state_bytes(module, x, batch)}
+        found[str(steps)] = min(peak_of(partial(_call, network, x, target), device) for _ in range(CALLS))
+    row = {"model": which.model.name, "batch": which.batch, "backend": backend, "bytes": found}
+    return row if backend == "graph" else {**row, "state_bytes": state_bytes(network, x, which.steps)}
 
 
-def state_bytes(module: torch.nn.Module, x: torch.Tensor, batch: int) -> dict[str, int]:
-    """T -> bytes of the arena and of results for the whole batch, which the code fixes beforehand."""
+def state_bytes(network: PCNetwork, x: torch.Tensor, steps: Sequence[int]) -> dict[str, int]:
+    """T -> bytes of the arena and of results for the whole batch, which an engine's code fixes beforehand."""
+    graph, batch = network.trace(x), x.shape[0]
     found = {}
-    for steps in STEPS:
-        code = selection.code_for(PCNetwork(module, strict(steps), **PAPER_MLP.pc).trace(x), strict(steps).dynamics, batch)
+    for count in steps:
+        code = selection.code_for(graph, strict(count).dynamics, batch)
         assert not isinstance(code, str), code
-        found[str(steps)] = 4 * batch * (code.code.rows + code.kept_size + code.scratch_size)
+        found[str(count)] = 4 * batch * (code.code.rows + code.kept_size + code.scratch_size)
     return found
 
 
@@ -220,7 +242,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     before = _status("VmHWM")
     run()
-    return _status("VmHWM") - before
+    return max(0, _status("VmHWM") - before)  # the kernel counts pages loosely
 
 
 def _status(name: str) -> int:

@@ -2,17 +2,19 @@
 
 All time steps of a layer in one product, addmm for biases, derivatives from the predictions, and the first product, whose
 input is clamped, computed once. Values are kept as they are, not as displacements, as anyone would write it. Each function
-returns the gradients of the summed loss in the order of the module's parameters. `chain` leaves derivatives to PyTorch, for models in
-which nobody writes them down.
+returns the gradients of the summed loss in the order of the module's parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn import grad
 
 Gradients = list[Tensor]
 
@@ -127,40 +129,101 @@ def _slope(mu: Tensor, hidden: int) -> Tensor:
     return slope
 
 
-def chain(module: nn.Module, x: Tensor, target: Tensor, steps: int, rate: float, momentum: float = 0.0) -> Gradients:
-    """Any chain of blocks, convolutions too: each step descends F by automatic differentiation, which reads each block once forwards and
-    once backwards. The blocks are cut where `blocks_of` says; x (B, ..), target (B, D_out)."""
+@dataclass(frozen=True)
+class Block:
+    """One vertex of a network of convolutions: a product and ReLU, where these are, and max-pooling, where that is.
+
+    Attributes:
+        product: the layer with the weights, or None. relu: whether ReLU follows it.
+        pool: the side of the pooling's windows, which tile the image, or 0.
+    """
+
+    product: nn.Conv2d | nn.Linear | None
+    relu: bool
+    pool: int
+
+    @staticmethod
+    def of(layers: Iterable[nn.Module]) -> Block:
+        """Of the layers of a block in their order; a flattening is the product's own affair."""
+        found: list[Any] = list(layers)
+        product = next((layer for layer in found if isinstance(layer, nn.Conv2d | nn.Linear)), None)
+        pool = next((layer for layer in found if isinstance(layer, nn.MaxPool2d)), None)
+        side: Any = 0 if pool is None else pool.kernel_size
+        return Block(product, product is not None and any(isinstance(layer, nn.ReLU) for layer in found), side)
+
+    def predict(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """mu (B, ..) from the parent's v, and where each maximum of the pooling was found, or None."""
+        if isinstance(self.product, nn.Conv2d):
+            v = self.product(v)
+        elif self.product is not None:
+            v = self.product(v.flatten(1))
+        if self.relu:
+            v = v.relu_()
+        return F.max_pool2d(v, self.pool, return_indices=True) if self.pool else (v, None)
+
+    def delta(self, error: Tensor, mu: Tensor, where: Tensor | None) -> Tensor:
+        """The error before pooling and ReLU. A pooled ReLU is 0 only where all of its window is: mu alone tells f' there too."""
+        if self.relu:
+            error = error * (mu > 0)
+        if where is None:
+            return error
+        return F.max_unpool2d(error, where, (self.pool, self.pool))
+
+    def feedback(self, delta: Tensor, parent: Tensor) -> Tensor:
+        """(d mu / d v)^T error, of the parent's shape."""
+        if isinstance(self.product, nn.Conv2d):
+            return grad.conv2d_input(parent.shape, self.product.weight, delta, self.product.stride, self.product.padding)
+        return delta if self.product is None else torch.mm(delta, self.product.weight).view_as(parent)
+
+    def learn(self, delta: Tensor, parent: Tensor) -> list[Tensor]:
+        """The gradients of the weight and of the bias, where there is one."""
+        layer = self.product
+        if layer is None:
+            return []
+        if isinstance(layer, nn.Conv2d):
+            weight = grad.conv2d_weight(parent, layer.weight.shape, delta, layer.stride, layer.padding)
+        else:
+            weight = torch.mm(delta.t(), parent.flatten(1))
+        bias = [] if layer.bias is None else [-delta.flatten(2).sum((0, 2)) if delta.dim() == 4 else -delta.sum(0)]
+        return [-weight, *bias]
+
+
+@torch.no_grad()
+def convolutions(module: nn.Module, x: Tensor, target: Tensor, steps: int, rate: float, momentum: float = 0.0) -> Gradients:
+    """A chain of the blocks that `blocks_of` finds; x (B, C, H, W), target (B, D_out)."""
     blocks = blocks_of(module)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with torch.no_grad():
-        values = [blocks[0](x)]
-        first = values[0].clone()
-        for block in blocks[1:-1]:
-            values.append(block(values[-1]))
-    velocities = [torch.zeros_like(value) for value in values]
+    first, first_where = blocks[0].predict(x)
+    values = [first.clone()]
+    for block in blocks[1:-1]:
+        values.append(block.predict(values[-1])[0])
+    velocities = [torch.zeros_like(v) for v in values] if momentum else None
     for _ in range(steps):
-        moving = [value.requires_grad_() for value in values]
-        slopes = torch.autograd.grad(_chain_energy(blocks, first, moving, target), moving)
-        with torch.no_grad():
-            for velocity, slope in zip(velocities, slopes, strict=True):
-                velocity.mul_(momentum).sub_(slope)
-            values = [value.detach().add_(velocity, alpha=rate) for value, velocity in zip(values, velocities, strict=True)]
-    fixed = [value.detach() for value in values]
-    with torch.enable_grad():
-        return list(torch.autograd.grad(_chain_energy(blocks, blocks[0](x), fixed, target), parameters))
+        mu, where = _predicted(blocks, values, first, first_where)
+        errors = [v - m for v, m in zip([*values, target], mu, strict=True)]
+        for k, block in enumerate(blocks[1:]):
+            delta = block.delta(errors[k + 1], mu[k + 1], where[k + 1])
+            drive = block.feedback(delta, values[k]).sub_(errors[k])
+            if velocities is not None:
+                drive = velocities[k].mul_(momentum).add_(drive)
+            values[k] = values[k].add_(drive, alpha=rate)
+    mu, where = _predicted(blocks, values, first, first_where)
+    gradients: Gradients = []
+    for block, v, m, place, parent in zip(blocks, [*values, target], mu, where, [x, *values], strict=True):
+        gradients += block.learn(block.delta(v - m, m, place), parent)
+    return gradients
 
 
-def blocks_of(module: Any) -> list[Callable[[Tensor], Tensor]]:
+def _predicted(
+    blocks: list[Block], values: list[Tensor], first: Tensor, first_where: Tensor | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    found = [(first, first_where), *(block.predict(v) for block, v in zip(blocks[1:], values, strict=True))]
+    return [mu for mu, _ in found], [where for _, where in found]
+
+
+def blocks_of(module: Any) -> list[Block]:
     """The blocks of a CNN or VGG of models.py, each up to and with its value node."""
-    if hasattr(module, "blocks"):
-        readout = module.readout
-        return [*module.blocks, lambda v: readout(v.flatten(1))]
-    return list(module.children())
+    parts = [*module.blocks, module.readout] if hasattr(module, "blocks") else list(module.children())
+    return [Block.of(part if isinstance(part, nn.Sequential) else [part]) for part in parts]
 
 
-def _chain_energy(blocks: list[Callable[[Tensor], Tensor]], first: Tensor, values: list[Tensor], target: Tensor) -> Tensor:
-    mu = [first, *(block(value) for block, value in zip(blocks[1:], values, strict=True))]
-    return 0.5 * torch.stack([(v - m).square().sum() for v, m in zip([*values, target], mu, strict=True)]).sum()
-
-
-LOOPS: dict[str, Callable[..., Gradients]] = {"mlp": mlp, "rnn": rnn, "lstm": lstm, "chain": chain}
+LOOPS: dict[str, Callable[..., Gradients]] = {"mlp": mlp, "rnn": rnn, "lstm": lstm, "convolutions": convolutions}

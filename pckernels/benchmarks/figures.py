@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from pckernels.benchmarks.record import Record, contender, fastest_of_ours, timed
+from pckernels.benchmarks.record import Record, contender, fastest_of_ours, memories, timed
 from pckernels.plot import blank_figure
 
 OURS = "#1557b0"
@@ -191,16 +191,16 @@ def errors(record: Record) -> Any:
 def steps(record: Record) -> Any:
     """Time in T with its slope and the predicted one, rule by rule, and memory in T."""
     slopes = [found for found in record["curves"].get("slopes", []) if "ms" in found]
-    memory = record["curves"].get("memory")
-    count = len(slopes) + bool(memory)
+    memory = memories(record)
+    count = len(slopes) + len(memory)
     if not count:
         return None
     figure = blank_figure(WIDTH, 3.1 * ((count + 1) // 2))
     panels = list(figure.subplots((count + 1) // 2, 2, squeeze=False).flat)
     for panel, slope in zip(panels, slopes, strict=False):
         _slope_panel(panel, slope)
-    if memory:
-        _memory_panel(panels[len(slopes)], memory)
+    for panel, found in zip(panels[len(slopes) :], memory, strict=False):
+        _memory_panel(panel, found)
     for panel in panels[:count]:
         panel.grid(alpha=0.2)
     for panel in panels[count:]:
@@ -227,12 +227,9 @@ def _slope_panel(panel: Any, slope: Record) -> None:
 
 def _memory_panel(panel: Any, memory: Record) -> None:
     found = {int(T): count for T, count in memory["bytes"].items()}
-    state = {int(T): count for T, count in memory["state_bytes"].items()}
-    kept = [state[min(state)] * T for T in state]
-    panel.plot(list(state), [count / 2**20 for count in kept], ":", color="#d9730d", label="if every step were kept")
-    panel.plot(
-        list(state), [count / 2**20 for count in state.values()], "s-", color="black", markersize=4, label="state and results, by the code"
-    )
+    state = {int(T): count for T, count in memory.get("state_bytes", {}).items()}
+    if state:
+        _state_lines(panel, state)
     panel.plot(
         list(found),
         [max(count, 2**12) / 2**20 for count in found.values()],
@@ -245,7 +242,15 @@ def _memory_panel(panel: Any, memory: Record) -> None:
     panel.yaxis.set_major_formatter(_plain_number)
     panel.set_xlabel("inference steps T")
     panel.set_ylabel(f"MiB, batch {memory['batch']}")
+    panel.set_title(f"{memory['model']}, {memory.get('backend', 'engine')}", fontsize=9)
     panel.legend(fontsize=8)
+
+
+def _state_lines(panel: Any, state: dict[int, int]) -> None:
+    kept = [state[min(state)] * T for T in state]
+    panel.plot(list(state), [count / 2**20 for count in kept], ":", color="#d9730d", label="if every step were kept")
+    mebibytes = [count / 2**20 for count in state.values()]
+    panel.plot(list(state), mebibytes, "s-", color="black", markersize=4, label="state and results, by the code")
 
 
 FIGURES: dict[str, tuple[str, Callable[[Record], Any]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pckernels.benchmarks.record import Record, contender, fastest_of_ours, in_float32, timed
+from pckernels.benchmarks.record import Record, contender, fastest_of_ours, in_float32, memories, timed
 
 SLOPE, BEND = 0.2, 0.05  # of the predicted time a step; of a point's time, off the straight line
 NOISE = 1 << 20  # bytes that a peak of memory may differ by
@@ -22,6 +22,7 @@ class Reached:
         case, what: in words. found, goal: as they are printed.
         met: None where it was not measured; `why` then says why not.
         ours, floor, alone: milliseconds of ours, of the floor, of the products by themselves, where these are known.
+        spread: the middle half of the rounds' ratios, of which `found` is the median; "" where these are not of the same rounds.
     """
 
     case: str
@@ -33,6 +34,7 @@ class Reached:
     floor: float | None = None
     alone: float | None = None
     why: str = ""
+    spread: str = ""
 
     @property
     def verdict(self) -> str:
@@ -91,7 +93,11 @@ def _of_ratio(case: Record, ratio: Record, found: float, goal: float, what: str 
     assert ours is not None
     shown = what or f"{ratio['ours']} / {ratio['other']}"
     times = (float(ours["ms"]["median"]), book.get("floor_ms"), book.get("products_alone_ms"))
-    return Reached(case["name"], shown, f"{found:.2f}", f"{goal:.2f}", found <= goal, *times)
+    return Reached(case["name"], shown, f"{found:.2f}", f"{goal:.2f}", found <= goal, *times, spread=_spread(ratio))
+
+
+def _spread(ratio: Record) -> str:
+    return f"{ratio['low']:.2f} - {ratio['high']:.2f}" if "low" in ratio else ""
 
 
 def _accuracies(record: Record) -> Iterator[Reached]:
@@ -191,18 +197,23 @@ def _slopes(record: Record) -> Iterator[Reached]:
 
 
 def _memory(record: Record) -> Iterator[Reached]:
-    """State is the same from T = 10 on, and at T = 1, where some of it is not yet needed, no larger; peaks differ by noise."""
-    found = record["curves"].get("memory")
-    if not found:
-        if "memory" in record["left_out"]:
-            yield _not_measured("memory in T", "memory", "flat", _why_no_curve(record, "memory"))
-        return
-    state = [count for _, count in sorted((int(T), count) for T, count in found["state_bytes"].items())]
-    peaks = list(found["bytes"].values())
-    spread, flat = max(peaks) - min(peaks), len(set(state[1:])) <= 1 and state[0] <= state[-1]
-    shown = f"state {'the same' if flat else 'grows'}, peaks within {spread / 2**10:.0f} KiB"
-    span = ", ".join(sorted(found["state_bytes"], key=int))
-    yield Reached(f"{found['model']}, batch {found['batch']}, strict", f"memory at T = {span}", shown, "flat", flat and spread <= NOISE)
+    """Peaks differ by noise; an engine's state is the same from T = 10 on, and at T = 1, where some is not yet needed, no larger."""
+    rows = memories(record)
+    if not rows and "memory" in record["left_out"]:
+        yield _not_measured("memory in T", "memory", "flat", _why_no_curve(record, "memory"))
+    for found in rows:
+        peaks, states = list(found["bytes"].values()), found.get("state_bytes")
+        spread = max(peaks) - min(peaks)
+        flat = states is None or _is_flat([states[T] for T in sorted(states, key=int)])
+        words = "" if states is None else f"state {'the same' if flat else 'grows'}, "
+        span, by = ", ".join(sorted(found["bytes"], key=int)), f", {found['backend']}" if "backend" in found else ""
+        what = f"memory at T = {span}"
+        shown = f"{words}peaks within {spread / 2**10:.0f} KiB"
+        yield Reached(f"{found['model']}, batch {found['batch']}, strict{by}", what, shown, "flat", flat and spread <= NOISE)
+
+
+def _is_flat(state: list[int]) -> bool:
+    return len(set(state[1:])) <= 1 and state[0] <= state[-1]
 
 
 SOURCES: tuple[Callable[[Record], Iterator[Reached]], ...] = (

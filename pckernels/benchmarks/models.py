@@ -74,7 +74,7 @@ class Model:
         build: makes the module, float32, on the CPU.
         x, target: shapes of one sample.
         loop: the careful loop by hand of eager.LOOPS that runs it, or None.
-        value_nodes: as PCNetwork takes them.
+        value_nodes: as PCNetwork takes them. precision: its vertices that have one.
         width, depth: of the axes of plots; 0 where there is no such axis.
     """
 
@@ -84,6 +84,7 @@ class Model:
     target: tuple[int, ...]
     loop: str | None = None
     value_nodes: str | tuple[str, ...] = "layer"
+    precision: tuple[tuple[str, float], ...] = ()
     width: int = 0
     depth: int = 0
 
@@ -91,7 +92,8 @@ class Model:
     def pc(self) -> dict[str, Any]:
         """Arguments of PCNetwork: gradients are those of the summed loss, so that nobody divides by the batch."""
         nodes = self.value_nodes
-        return {"value_nodes": nodes if isinstance(nodes, str) else list(nodes), "reduction": "sum"}
+        options = {"precision": dict(self.precision)} if self.precision else {}
+        return {"value_nodes": nodes if isinstance(nodes, str) else list(nodes), "reduction": "sum", **options}
 
     def data(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """x (B, ..) and target (B, ..), normally distributed."""
@@ -119,8 +121,8 @@ def deep_mlp(layers: int, width: int) -> Model:
 
 
 CNN_NODES = ("conv1", "pool", "conv2", "fc1", "fc2", "fc3")
-CNN = Model("the paper's CNN", CNNModule, (3, 32, 32), (10,), "chain", CNN_NODES)
-VGG = Model("VGG5", VGG5, (3, 32, 32), (10,), "chain", ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "readout"))
+CNN = Model("the paper's CNN", CNNModule, (3, 32, 32), (10,), "convolutions", CNN_NODES)
+VGG = Model("VGG5", VGG5, (3, 32, 32), (10,), "convolutions", ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "readout"))
 NAMES_RNN = Model("RNN 256, 8 letters", RNN, (8, 57), (18,), "rnn")
 TRANSFORMER = Model("transformer block, width 64, 16 positions", TransformerBlock, (16, 64), (16, 32))
 

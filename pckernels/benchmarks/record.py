@@ -44,8 +44,13 @@ def in_float32(name: str) -> bool:
 
 
 def fastest_of_ours(case: Record) -> Record:
-    """The contender that stands for pckernels in plots: the fastest in float32 on as many threads as the run."""
+    """The contender that stands for pckernels in plots: the fastest in float32 on as many threads as the run.
+
+    "auto" only where it took a backend that has no times of its own: else it is that backend, drawn twice.
+    """
+    own = {c["name"] for c in case["contenders"] if c["ours"]}
     ours = [c for c in case["contenders"] if c["ours"] and in_float32(c["name"])]
+    ours = [c for c in ours if c["name"] != "auto" or c["plan"].split(":")[0] not in own]
     least = min(c["threads"] for c in ours)
     return min((c for c in ours if c["threads"] == least), key=lambda c: float(c["ms"]["median"]))
 
@@ -53,3 +58,9 @@ def fastest_of_ours(case: Record) -> Record:
 def contender(case: Record, name: str) -> Record | None:
     """By name, or None."""
     return next((c for c in case["contenders"] if c["name"] == name), None)
+
+
+def memories(record: Record) -> list[Record]:
+    """The rows of memory in T; older records hold one alone."""
+    found: list[Record] | Record = record["curves"].get("memory") or []
+    return [found] if isinstance(found, dict) else found

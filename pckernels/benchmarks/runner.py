@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from pckernels.benchmarks import ceilings, peers, timing
 from pckernels.benchmarks.cases import Case
 from pckernels.benchmarks.contenders import Arena, Contender, contenders
 from pckernels.benchmarks.ledger import ledger
+from pckernels.benchmarks.proof import Court, Proof
 from pckernels.benchmarks.record import in_float32
-from pckernels.benchmarks.verification import Disagreement, Oracles, distance, oracles, require_agreement, whole_distance
+from pckernels.benchmarks.verification import Disagreement, Oracles, measure, oracles, require_agreement
 from pckernels.compiler import Compiled
 from pckernels.planner import Plan
 
@@ -56,6 +57,7 @@ def run(case: Case, setting: Setting) -> Row:
             "threads": contender.threads,
             "off": verified.off[contender.name],
             "limit": contender.limit,
+            **({"proof": asdict(verified.proofs[contender.name])} if contender.name in verified.proofs else {}),
             "ms": timing.summary(times[contender.name]),
         }
         for contender in fit
@@ -90,14 +92,15 @@ def about(case: Case) -> Row:
 
 @dataclass(frozen=True)
 class Verified:
-    """Who is how far from which oracle."""
+    """Who is how far from which oracle, and what shows that it is right where that is far."""
 
     oracles: Oracles
     off: dict[str, float]
+    proofs: dict[str, Proof] = field(default_factory=dict)
 
 
 def _agreeing(case: Case, setting: Setting) -> tuple[Arena, list[Contender], dict[str, str], Verified]:
-    for seed in range(DRAWS):
+    for seed in range(case.seed, case.seed + DRAWS):
         arena = _arena(case, setting, seed)
         found, refused = contenders(arena)
         fit = [c for c in found if c.ours or setting.against is None or c.name in setting.against]
@@ -116,16 +119,18 @@ def _arena(case: Case, setting: Setting, seed: int) -> Arena:
 
 
 def verify(case: Case, arena: Arena, fit: Sequence[Contender]) -> Verified:
-    """Raise Disagreement unless every contender's gradients are those of its oracle."""
-    known = oracles(case, arena.module, arena.x, arena.target)
-    measure = whole_distance if case.as_a_whole else distance
-    off = {}
+    """Raise Disagreement unless every contender's gradients are those of its oracle, or proven where float32 takes them further off."""
+    verified = Verified(oracles(case, arena.module, arena.x, arena.target), {})
+    court = Court(arena, verified.oracles)
     for contender in fit:
         with contender.threaded():
             found = contender.gradients()
-        off[contender.name] = measure(found, known.rule if contender.computes == "rule" else known.backprop)
-        require_agreement(contender.name, off[contender.name], contender.limit, case.name)
-    return Verified(known, off)
+            off = measure(case)(found, verified.oracles.of(contender.computes))
+            require_agreement(contender.name, off, max(contender.limit, contender.drift), case.name)
+            if off > contender.limit:
+                verified.proofs[contender.name] = court.prove(contender, found)
+        verified.off[contender.name] = off
+    return verified
 
 
 # Times

@@ -43,17 +43,18 @@ def times(record: Record) -> Table:
             spread = f"{milliseconds(c['ms']['low'])} - {milliseconds(c['ms']['high'])}"
             shown = "" if ratio is None else f"{ratio:.2f}"
             what = c["computes"] if c["computes"] == "backprop" else "PC"
-            rows.append([case["name"], c["name"], what, milliseconds(c["ms"]["median"]), spread, shown, f"{c['off']:.0e}"])
+            off = f"{c['off']:.0e}" + (f" ({c['proof']['how']} {c['proof']['off']:.0e})" if "proof" in c else "")
+            rows.append([case["name"], c["name"], what, milliseconds(c["ms"]["median"]), spread, shown, off])
     return ["case", "who", "computes", "ms", "middle half", "ours / theirs", "off float64"], rows
 
 
 def targets(record: Record) -> Table:
-    """Every goal, met or not or not measured, with the floor and the products alone."""
+    """Every goal, met or not or not measured, with the spread of what was found, the floor and the products alone."""
     rows = []
     for goal in reached(record):
         times = ["" if ms is None else milliseconds(ms) for ms in (goal.ours, goal.floor, goal.alone)]
-        rows.append([goal.case, goal.what, goal.found, goal.goal, goal.verdict, *times])
-    return ["case", "what", "found", "goal", "", "ours, ms", "floor, ms", "products alone, ms"], rows
+        rows.append([goal.case, goal.what, goal.found, goal.spread, goal.goal, goal.verdict, *times])
+    return ["case", "what", "found", "middle half", "goal", "", "ours, ms", "floor, ms", "products alone, ms"], rows
 
 
 def ledgers(record: Record) -> Table:

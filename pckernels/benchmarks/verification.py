@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pckernels.benchmarks import eager
 from pckernels.benchmarks.cases import Case
 from pckernels.network import PCNetwork
-from pckernels.rules import ZeroDivergence
+from pckernels.rules import FixedPrediction, Rule, ZeroDivergence
 
 Gradients = list[Tensor]
 
@@ -34,6 +34,10 @@ class Oracles:
     backprop: Gradients
     source: str
 
+    def of(self, what: str) -> Gradients:
+        """Of "rule" or of "backprop"."""
+        return self.rule if what == "rule" else self.backprop
+
 
 def oracles(case: Case, module: nn.Module, x: Tensor, target: Tensor) -> Oracles:
     """Both, where the module is: on a GPU, float64 is computed by PyTorch's kernels there. Nothing of `module` is changed."""
@@ -41,7 +45,7 @@ def oracles(case: Case, module: nn.Module, x: Tensor, target: Tensor) -> Oracles
     x, target = x.detach().double(), target.detach().double()
     backprop = autograd_gradients(exact, x, target)
     if case.oracle == "autograd":
-        assert isinstance(case.rule, ZeroDivergence), case.name
+        assert is_backprop(case.rule), case.name
         return Oracles(backprop, backprop, "autograd in float64")
     if case.oracle == "loop":
         assert case.model.loop is not None
@@ -50,6 +54,11 @@ def oracles(case: Case, module: nn.Module, x: Tensor, target: Tensor) -> Oracles
     exact.zero_grad(set_to_none=True)
     PCNetwork(exact, case.rule, backend="reference", **case.model.pc).backward(x, target)
     return Oracles(gradients_of(exact), backprop, "the reference in float64")
+
+
+def is_backprop(rule: Rule) -> bool:
+    """Whether a rule's gradient is backprop's: fixed prediction too at rate 1, from as many steps on as the graph is deep."""
+    return isinstance(rule, ZeroDivergence) or (isinstance(rule, FixedPrediction) and rule.rate == 1.0)
 
 
 def autograd_gradients(module: nn.Module, x: Tensor, target: Tensor) -> Gradients:
@@ -75,8 +84,17 @@ def whole_distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The same of all parameters as one vector: for deep networks, whose first layers a few steps hardly reach."""
     if len(found) != len(wanted) or any(a.shape != b.shape for a, b in zip(found, wanted, strict=True)):
         return float("inf")
-    flat = [torch.cat([tensor.detach().cpu().double().flatten() for tensor in tensors]) for tensors in (found, wanted)]
-    return _relative(flat[0], flat[1])
+    return _relative(flat(found), flat(wanted))
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector, in float64 on the CPU."""
+    return torch.cat([tensor.detach().cpu().double().flatten() for tensor in tensors])
+
+
+def measure(case: Case) -> Callable[[Sequence[Tensor], Sequence[Tensor]], float]:
+    """The distance that a case is held to."""
+    return whole_distance if case.as_a_whole else distance
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:

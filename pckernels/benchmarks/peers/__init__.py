@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pckernels.benchmarks import timing
 from pckernels.benchmarks.cases import Case
-from pckernels.benchmarks.verification import Gradients, distance, require_agreement, whole_distance
+from pckernels.benchmarks.verification import Gradients, measure, require_agreement
 from pckernels.rules import Strict
 
 PEERS = {"pcx": "pcx", "fabricpc": "fabricpc"}  # name -> the module that must be importable
@@ -49,12 +49,12 @@ def run(name: str, python: str, case: Case, module: nn.Module, x: Tensor, target
         Refused: it cannot run this case, or failed.
         Disagreement: it computes something else.
     """
-    if not isinstance(case.rule, Strict) or case.model.loop not in ("mlp", "chain") or case.rule.momentum:
+    if not isinstance(case.rule, Strict) or case.model.loop not in ("mlp", "convolutions") or case.rule.momentum:
         raise Refused("the peer's script has strict inference without momentum on perceptrons and the paper's CNN")
     with tempfile.TemporaryDirectory(prefix="pckernels-peer-") as folder:
         answer = _answer(name, python, Path(folder), _task(case, module, x, target))
     found = [torch.from_numpy(answer[f"gradient{k}"]) for k in range(len(wanted))]
-    off = (whole_distance if case.as_a_whole else distance)(found, wanted)
+    off = measure(case)(found, wanted)
     require_agreement(name, off, case.limit_of_values, case.name)
     return {
         "name": name,

@@ -63,7 +63,7 @@ class Convolutional(pxc.EnergyModule):
         return self.vodes[5].get("u")
 
 
-MODELS = {"mlp": Perceptron, "chain": Convolutional}
+MODELS = {"mlp": Perceptron, "convolutions": Convolutional}
 STATE = pxu.M(pxc.VodeParam | pxc.VodeParam.Cache)
 
 
