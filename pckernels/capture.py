@@ -21,6 +21,7 @@ from pckernels.arguments import batch_size, is_batched
 from pckernels.cells import MARK
 from pckernels.errors import Unsupported
 from pckernels.shadow import shadow_of
+from pckernels.strays import RefuseStrays
 
 aten = torch.ops.aten
 Shape = tuple[Any, ...]  # int, or torch.SymInt in the batch
@@ -96,7 +97,7 @@ def _dynamic(leaf: Any, batch_dim: int, size: int | None) -> Any:
 
 def _export(module: nn.Module, names: Sequence[str], example: Any, dynamic: Any) -> torch.export.ExportedProgram:
     args, kwargs = example
-    shadow = _Call(shadow_of(module, names))
+    shadow = _Call(shadow_of(module, names), module)
     with _tracing_state():
         program = torch.export.export(shadow, (args, kwargs), dynamic_shapes=(dynamic[0], dynamic[1]), strict=False)
         if any(_must_be_rewritten(node) for node in program.graph.nodes):
@@ -124,12 +125,14 @@ def _export_for_this_batch(module: nn.Module, names: Sequence[str], args: Any, k
 class _Call(nn.Module):
     """Gives torch.export one signature for every module: a tuple of arguments and a dict of keywords."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, shadow: nn.Module, module: nn.Module):
         super().__init__()
-        self.module = module
+        self.module = shadow
+        self.guard = RefuseStrays(module)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.module(*args, **kwargs)
+        with self.guard:
+            return self.module(*args, **kwargs)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from pckernels.precision import Precision, check_precision, is_learned
 from pckernels.rollback import Rollback
 from pckernels.rules import Rule, require_choice
 from pckernels.tracing import trace
+from pckernels.wrappers import is_distributed, unwrapped
 
 _TRACES = 16  # per network; a new training mode, dtype, device or sequence length takes one
 _MISSING = object()
@@ -94,7 +95,7 @@ class PCNetwork(nn.Module):
         dispatch.check_backend(backend)
         check_precision(precision)
         check_match(match, rule, loss, reduction)
-        inner = _unwrapped(module)
+        inner = unwrapped(module)
         check_value_nodes(value_nodes, [name for name, _ in inner.named_modules()])
         self._adopt(module)
         self.rule, self.loss, self.reduction = rule, loss, reduction
@@ -107,7 +108,7 @@ class PCNetwork(nn.Module):
 
     def _adopt(self, module: nn.Module) -> None:
         # Sharing the registries gives this network the module's own parameters and state_dict keys, without a prefix.
-        inner = _unwrapped(module)
+        inner = unwrapped(module)
         self.__dict__["module"] = module
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = inner.__dict__[registry]
@@ -264,7 +265,7 @@ class PCNetwork(nn.Module):
         if not isinstance(record, bool):
             raise TypeError(f"record must be True or False; got {type(record).__name__}.")
         if target is _MISSING:
-            required = max(1, _required(_unwrapped(self.module)))
+            required = max(1, _required(unwrapped(self.module)))
             inputs, target = (args[:-1], args[-1]) if len(args) > required else (args, None)
         else:
             inputs = args
@@ -282,9 +283,9 @@ class PCNetwork(nn.Module):
         dynamics = self.rule.dynamics
         if dynamics.feedback == "symmetric" and not dynamics.has_error_weights and self.precision is None:
             return Extra()
-        inner = _unwrapped(self.module)
+        inner = unwrapped(self.module)
         adds = dynamics.feedback != "symmetric" or dynamics.has_error_weights or is_learned(self.precision)
-        if adds and inner is not self.module:
+        if adds and is_distributed(self.module):
             raise Unsupported(
                 "DistributedDataParallel does not average what a network adds to its module. Use no Relaxed and no precision= with it."
             )
@@ -310,7 +311,7 @@ class PCNetwork(nn.Module):
         return clone
 
     def _trace(self, arguments: Arguments) -> Trace:
-        module = _unwrapped(self.module)
+        module = unwrapped(self.module)
         key = (arguments.key, module_key(module), self.rule.exact)
         if self._latest is not None and self._latest[0] == key:  # to compare is cheaper than to hash
             return self._latest[1]
@@ -350,7 +351,7 @@ class PCNetwork(nn.Module):
             raise Unsupported(
                 f"match={self.match!r} does as another code does, which has no clamp=, free= or target_mask=. Leave match= out."
             )
-        module = _unwrapped(self.module)
+        module = unwrapped(self.module)
         with torch.inference_mode(False):
             arguments = Arguments(args, kwargs, self.batch_dim)
             traced = self._trace(arguments)
@@ -464,10 +465,6 @@ def _check_weight_rate(rule: Rule, update: Update | None) -> None:
             f"{type(rule).__name__} moves the weights at every step, and has no weight_rate to move them by. "
             "Give it one, or call step(x, target, optimizer)."
         )
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
 def _with_target(args: tuple[Any, ...], target: Any, method: str) -> tuple[tuple[Any, ...], Any]:
