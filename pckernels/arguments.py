@@ -1,4 +1,4 @@
-"""The arguments of one call: flattened, checked, and what a trace depends on in them and in the module."""
+"""The arguments of one call: flattened, checked, and what a trace depends on in them."""
 
 from __future__ import annotations
 
@@ -70,21 +70,6 @@ def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any]
     if not kwargs and all(isinstance(arg, Tensor) for arg in args):  # flat as they are; a pytree takes ten times as long
         return list(args), len(args)
     return pytree.tree_flatten((args, kwargs))
-
-
-def module_key(module: nn.Module) -> Any:
-    """What a trace depends on in a module: its layers and their modes, and its parameters but for their values."""
-    layers: list[Any] = []
-    parameters: list[Any] = []
-    waiting, seen = [module], {id(module)}
-    while waiting:  # by hand: module.modules() takes several times as long, at every call
-        layer = waiting.pop()
-        layers += (type(layer), layer.training)
-        parameters += [(p.shape, p.dtype, p.device, p.requires_grad) for p in layer._parameters.values() if p is not None]
-        fresh = [child for child in layer._modules.values() if child is not None and id(child) not in seen]
-        seen.update(map(id, fresh))
-        waiting += fresh
-    return tuple(layers), tuple(parameters)
 
 
 def check_inputs(module: nn.Module, arguments: Arguments) -> None:

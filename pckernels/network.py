@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pckernels import dispatch
-from pckernels.arguments import Arguments, check_inputs, clamped, module_key
+from pckernels.arguments import Arguments, check_inputs, clamped
 from pckernels.call import Call, Extra, Outcome, Snapshot, Update
 from pckernels.capture import first_line, speaks_of_dtypes
 from pckernels.clamps import Held, Wish
@@ -23,6 +24,7 @@ from pckernels.extra import PREFIX, ExtraParameters
 from pckernels.graph import ComputationGraph, Trace
 from pckernels.losses import Loss, check_loss
 from pckernels.match import Matched, check_match
+from pckernels.module_key import module_key
 from pckernels.objective import Objective
 from pckernels.placement import check_value_nodes
 from pckernels.precision import Precision, check_precision, is_learned
@@ -32,6 +34,10 @@ from pckernels.tracing import trace
 from pckernels.wrappers import is_distributed, unwrapped
 
 _TRACES = 16  # per network; a new training mode, dtype, device or sequence length takes one
+_MANY_TRACES = (
+    f"This network has been traced for more than {_TRACES} kinds of call, which takes seconds each time. Keep lengths and sizes few, and "
+    "let a number that changes often be a buffer, which is read at each call, in place of a plain member of a module."
+)
 _MISSING = object()
 
 
@@ -278,6 +284,11 @@ class PCNetwork(nn.Module):
         self._bind_extra(traced, arguments)
         return traced.graph
 
+    def retrace(self) -> None:
+        """Forget every trace, so that the next call traces anew: for changes to the module that no key sees, as in a list that it holds."""
+        self._traces.clear()
+        self._latest = None
+
     def _bind_extra(self, traced: Trace, arguments: Arguments) -> Extra:
         """The extra parameters and the precisions of this network on a graph."""
         dynamics = self.rule.dynamics
@@ -324,6 +335,7 @@ class PCNetwork(nn.Module):
             self._traces[key if found.batched else (key, arguments.size)] = found
             if len(self._traces) > _TRACES:
                 self._traces.popitem(last=False)
+                warnings.warn(_MANY_TRACES, RuntimeWarning, stacklevel=2)
         self._traces.move_to_end(key if found.batched else (key, arguments.size))
         self._latest = (key, found) if found.batched else None
         return found
