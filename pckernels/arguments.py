@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pckernels.errors import Unsupported
+
 
 def batch_size(leaves: Iterable[Any], batch_dim: int) -> int | None:
     """The size at `batch_dim` of the first tensor that has such a dimension; None without one."""
@@ -72,8 +74,27 @@ def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any]
     return pytree.tree_flatten((args, kwargs))
 
 
+def check_module(module: nn.Module) -> None:
+    """Raise Unsupported where a module, or a part of it, has no forward in Python to be traced."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"Its part {name!r}" if name else "The module"
+            raise Unsupported(f"{what} comes from torch.jit, whose code cannot be traced. Give the nn.Module that was scripted or traced.")
+
+
+def _check_tensors(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name!r} was made under torch.inference_mode, so that it can neither learn nor be written. Make the module outside of "
+                "it, or give copy.deepcopy(module), taken outside of it."
+            )
+
+
 def check_inputs(module: nn.Module, arguments: Arguments) -> None:
-    """Raise unless the arguments fit the module's signature and device, and carry a batch."""
+    """Raise unless the module can be traced, and the arguments fit its signature and device, and carry a batch."""
+    check_module(module)
+    _check_tensors(module)
     try:
         inspect.signature(module.forward).bind(*arguments.args, **arguments.kwargs)
     except TypeError as error:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from pckernels.arguments import batch_size, is_batched
+from pckernels.arguments import batch_size, clamped, is_batched
 from pckernels.cells import MARK
 from pckernels.errors import Unsupported
 from pckernels.shadow import shadow_of
@@ -85,7 +85,7 @@ _EXPORT_ERRORS = (Exception,)  # torch.export raises errors of many unrelated ty
 def _resized(leaf: Any, batch_dim: int, size: int | None) -> Any:
     # torch.export takes a size of 0 or 1 for a constant, so an example with fewer than 2 samples is widened.
     if not is_batched(leaf, batch_dim, size):
-        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+        return clamped(leaf) if isinstance(leaf, Tensor) else leaf
     shape = list(leaf.shape)
     shape[batch_dim] = max(shape[batch_dim], 2)
     return torch.zeros(shape, dtype=leaf.dtype, device=leaf.device)
@@ -329,6 +329,11 @@ def _stacked(source: Any, dim: Any, index: Any) -> fx.Node | None:
 def _explained(module: nn.Module, names: Sequence[str], example: Any, error: Exception) -> Exception:
     if isinstance(error, Unsupported):
         return error
+    if "nference tensor" in str(error):
+        return ValueError(
+            f"forward reads a tensor that was made under torch.inference_mode, and that {type(module).__name__} neither registers nor is "
+            "given: no gradient can pass by it. Make it, or clone it, outside of that mode."
+        )
     own = _own_complaint(module, names, example)
     if own is not None:
         kind = TypeError if isinstance(own, TypeError | AttributeError) or speaks_of_dtypes(own) else ValueError

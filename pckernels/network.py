@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pckernels import dispatch
-from pckernels.arguments import Arguments, check_inputs, clamped
+from pckernels.arguments import Arguments, check_inputs, check_module, clamped
 from pckernels.call import Call, Extra, Outcome, Snapshot, Update
 from pckernels.capture import first_line, speaks_of_dtypes
 from pckernels.clamps import Held, Wish
@@ -67,7 +67,7 @@ class PCNetwork(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
-        Unsupported: the backend is not available.
+        Unsupported: the backend is not available, or the module comes from torch.jit.
     """
 
     module: nn.Module
@@ -102,6 +102,7 @@ class PCNetwork(nn.Module):
         check_precision(precision)
         check_match(match, rule, loss, reduction)
         inner = unwrapped(module)
+        check_module(inner)
         check_value_nodes(value_nodes, [name for name, _ in inner.named_modules()])
         self._adopt(module)
         self.rule, self.loss, self.reduction = rule, loss, reduction
@@ -228,7 +229,8 @@ class PCNetwork(nn.Module):
         if self.rule.dynamics.learn_at_each_step:
             return self._step_at_each_step(inputs, kwargs, target, scale, optimizer, wish)
         inference = self._run(inputs, kwargs, target, scale, learn=True, record=False, optimizer=optimizer, wish=wish)
-        optimizer.step()
+        with torch.inference_mode(False):  # the optimizer's state could not be written to later
+            optimizer.step()
         return inference
 
     def _step_at_each_step(
@@ -279,9 +281,10 @@ class PCNetwork(nn.Module):
 
     def trace(self, *args: Any, **kwargs: Any) -> ComputationGraph:
         """The computation graph for these inputs in the present training mode, from the cache or traced anew."""
-        arguments = Arguments(args, kwargs, self.batch_dim)
-        traced = self._trace(arguments)
-        self._bind_extra(traced, arguments)
+        with torch.inference_mode(False):
+            arguments = Arguments(args, kwargs, self.batch_dim)
+            traced = self._trace(arguments)
+            self._bind_extra(traced, arguments)
         return traced.graph
 
     def retrace(self) -> None:
