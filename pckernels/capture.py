@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from pckernels.arguments import batch_size, clamped, is_batched
+from pckernels.arguments import batch_size, is_batched
 from pckernels.cells import MARK
 from pckernels.errors import Unsupported
 from pckernels.shadow import shadow_of
@@ -85,7 +85,7 @@ _EXPORT_ERRORS = (Exception,)  # torch.export raises errors of many unrelated ty
 def _resized(leaf: Any, batch_dim: int, size: int | None) -> Any:
     # torch.export takes a size of 0 or 1 for a constant, so an example with fewer than 2 samples is widened.
     if not is_batched(leaf, batch_dim, size):
-        return clamped(leaf) if isinstance(leaf, Tensor) else leaf
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
     shape = list(leaf.shape)
     shape[batch_dim] = max(shape[batch_dim], 2)
     return torch.zeros(shape, dtype=leaf.dtype, device=leaf.device)
@@ -206,6 +206,7 @@ def _read(program: torch.export.ExportedProgram) -> Captured:
     _read_outputs(captured, signature.output_specs)
     captured.batched = _has_symbol(captured.inputs)
     _check_operations(graph)
+    _check_products(graph)
     _simplify(graph)
     return captured
 
@@ -259,6 +260,21 @@ def _check_operations(graph: fx.Graph) -> None:
                 f"The operation {node.target} has no place in a computation graph. Inside forward use x.detach() in place of "
                 "torch.no_grad(), and plain operations in place of torch.cond; or use pck.backward(loss), which needs no trace."
             )
+
+
+_PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.mv, aten.addmm, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution}
+_PRODUCTS |= {aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d}
+
+
+def _check_products(graph: fx.Graph) -> None:
+    """Raise where a product takes integers and floating-point numbers: torch's own refuse that, but only when they run."""
+    for node in graph.nodes:
+        if getattr(node.target, "overloadpacket", None) in _PRODUCTS:
+            dtypes = [source.meta["val"].dtype for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
+            integer = next((dtype for dtype in dtypes if not dtype.is_floating_point), None)
+            if integer is not None and any(dtype.is_floating_point for dtype in dtypes):
+                name = node.target.overloadpacket.__name__
+                raise TypeError(f"The module rejects these inputs: {name} takes floating-point numbers; got {integer}. Pass x.float().")
 
 
 # Rewriting ------------------------------------------------------------------
@@ -365,7 +381,7 @@ def _own_complaint(module: nn.Module, names: Sequence[str], example: Any) -> Exc
 
 def speaks_of_dtypes(error: Exception) -> bool:
     """Whether a message of torch's is about the dtype of a tensor."""
-    return any(word in str(error) for word in ("dtype", "scalar type", "data type"))
+    return any(word in str(error) for word in ("dtype", "scalar type", "data type", "Input type"))
 
 
 def first_line(error: Exception) -> str:
