@@ -1,4 +1,4 @@
-"""The arguments of one call: flattened, checked, and what a trace depends on in them and in the module."""
+"""The arguments of one call: flattened, checked, and what a trace depends on in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from pckernels.errors import Unsupported
 
 
 def batch_size(leaves: Iterable[Any], batch_dim: int) -> int | None:
@@ -72,23 +74,27 @@ def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any]
     return pytree.tree_flatten((args, kwargs))
 
 
-def module_key(module: nn.Module) -> Any:
-    """What a trace depends on in a module: its layers and their modes, and its parameters but for their values."""
-    layers: list[Any] = []
-    parameters: list[Any] = []
-    waiting, seen = [module], {id(module)}
-    while waiting:  # by hand: module.modules() takes several times as long, at every call
-        layer = waiting.pop()
-        layers += (type(layer), layer.training)
-        parameters += [(p.shape, p.dtype, p.device, p.requires_grad) for p in layer._parameters.values() if p is not None]
-        fresh = [child for child in layer._modules.values() if child is not None and id(child) not in seen]
-        seen.update(map(id, fresh))
-        waiting += fresh
-    return tuple(layers), tuple(parameters)
+def check_module(module: nn.Module) -> None:
+    """Raise Unsupported where a module, or a part of it, has no forward in Python to be traced."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"Its part {name!r}" if name else "The module"
+            raise Unsupported(f"{what} comes from torch.jit, whose code cannot be traced. Give the nn.Module that was scripted or traced.")
+
+
+def _check_tensors(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name!r} was made under torch.inference_mode, so that it can neither learn nor be written. Make the module outside of "
+                "it, or give copy.deepcopy(module), taken outside of it."
+            )
 
 
 def check_inputs(module: nn.Module, arguments: Arguments) -> None:
-    """Raise unless the arguments fit the module's signature and device, and carry a batch."""
+    """Raise unless the module can be traced, and the arguments fit its signature and device, and carry a batch."""
+    check_module(module)
+    _check_tensors(module)
     try:
         inspect.signature(module.forward).bind(*arguments.args, **arguments.kwargs)
     except TypeError as error:

@@ -21,6 +21,7 @@ from pckernels.arguments import batch_size, is_batched
 from pckernels.cells import MARK
 from pckernels.errors import Unsupported
 from pckernels.shadow import shadow_of
+from pckernels.strays import RefuseStrays
 
 aten = torch.ops.aten
 Shape = tuple[Any, ...]  # int, or torch.SymInt in the batch
@@ -96,7 +97,7 @@ def _dynamic(leaf: Any, batch_dim: int, size: int | None) -> Any:
 
 def _export(module: nn.Module, names: Sequence[str], example: Any, dynamic: Any) -> torch.export.ExportedProgram:
     args, kwargs = example
-    shadow = _Call(shadow_of(module, names))
+    shadow = _Call(shadow_of(module, names), module)
     with _tracing_state():
         program = torch.export.export(shadow, (args, kwargs), dynamic_shapes=(dynamic[0], dynamic[1]), strict=False)
         if any(_must_be_rewritten(node) for node in program.graph.nodes):
@@ -124,12 +125,14 @@ def _export_for_this_batch(module: nn.Module, names: Sequence[str], args: Any, k
 class _Call(nn.Module):
     """Gives torch.export one signature for every module: a tuple of arguments and a dict of keywords."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, shadow: nn.Module, module: nn.Module):
         super().__init__()
-        self.module = module
+        self.module = shadow
+        self.guard = RefuseStrays(module)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.module(*args, **kwargs)
+        with self.guard:
+            return self.module(*args, **kwargs)
 
 
 @contextmanager
@@ -203,6 +206,7 @@ def _read(program: torch.export.ExportedProgram) -> Captured:
     _read_outputs(captured, signature.output_specs)
     captured.batched = _has_symbol(captured.inputs)
     _check_operations(graph)
+    _check_products(graph)
     _simplify(graph)
     return captured
 
@@ -256,6 +260,21 @@ def _check_operations(graph: fx.Graph) -> None:
                 f"The operation {node.target} has no place in a computation graph. Inside forward use x.detach() in place of "
                 "torch.no_grad(), and plain operations in place of torch.cond; or use pck.backward(loss), which needs no trace."
             )
+
+
+_PRODUCTS = {aten.linear, aten.matmul, aten.mm, aten.mv, aten.addmm, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution}
+_PRODUCTS |= {aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d}
+
+
+def _check_products(graph: fx.Graph) -> None:
+    """Raise where a product takes integers and floating-point numbers: torch's own refuse that, but only when they run."""
+    for node in graph.nodes:
+        if getattr(node.target, "overloadpacket", None) in _PRODUCTS:
+            dtypes = [source.meta["val"].dtype for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
+            integer = next((dtype for dtype in dtypes if not dtype.is_floating_point), None)
+            if integer is not None and any(dtype.is_floating_point for dtype in dtypes):
+                name = node.target.overloadpacket.__name__
+                raise TypeError(f"The module rejects these inputs: {name} takes floating-point numbers; got {integer}. Pass x.float().")
 
 
 # Rewriting ------------------------------------------------------------------
@@ -326,6 +345,11 @@ def _stacked(source: Any, dim: Any, index: Any) -> fx.Node | None:
 def _explained(module: nn.Module, names: Sequence[str], example: Any, error: Exception) -> Exception:
     if isinstance(error, Unsupported):
         return error
+    if "nference tensor" in str(error):
+        return ValueError(
+            f"forward reads a tensor that was made under torch.inference_mode, and that {type(module).__name__} neither registers nor is "
+            "given: no gradient can pass by it. Make it, or clone it, outside of that mode."
+        )
     own = _own_complaint(module, names, example)
     if own is not None:
         kind = TypeError if isinstance(own, TypeError | AttributeError) or speaks_of_dtypes(own) else ValueError
@@ -357,7 +381,7 @@ def _own_complaint(module: nn.Module, names: Sequence[str], example: Any) -> Exc
 
 def speaks_of_dtypes(error: Exception) -> bool:
     """Whether a message of torch's is about the dtype of a tensor."""
-    return any(word in str(error) for word in ("dtype", "scalar type", "data type"))
+    return any(word in str(error) for word in ("dtype", "scalar type", "data type", "Input type"))
 
 
 def first_line(error: Exception) -> str:

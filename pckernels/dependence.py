@@ -83,7 +83,7 @@ class Dependence:
             return
         if any(source in self.data or source in self.values for source in sources):
             self.data.add(node)
-        if any(source in self.parameters for source in sources):
+        if packet_of(node) is not aten.detach and any(source in self.parameters for source in sources):
             self.parameters.add(node)
         if any(source in self.values for source in sources) or (node in self.data and node in self.parameters):
             self.values.add(node)

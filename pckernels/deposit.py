@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pckernels.wrappers import uncompiled
+
 
 def deposit(module: nn.Module, parameters: Sequence[Tensor], gradients: list[Tensor], good: Tensor | None = None) -> None:
     """Add each gradient to its parameter's `.grad`, all at once or, if a hook raises, none.
@@ -39,6 +41,7 @@ def _hooked(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _root(module: nn.Module, parameters: Sequence[Tensor], gradients: list[Tensor]) -> Tensor:
     """A scalar whose backward, run by the engine, is exactly one accumulation into each parameter's `.grad`."""
+    module = uncompiled(module)
     if not isinstance(module, nn.parallel.DistributedDataParallel):
         return _Give.apply(gradients, *parameters)
     # The wrapper expects gradients only behind a forward of its own: give it one that computes nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pckernels import dispatch
-from pckernels.arguments import Arguments, check_inputs, clamped, module_key
+from pckernels.arguments import Arguments, check_inputs, check_module, clamped
 from pckernels.call import Call, Extra, Outcome, Snapshot, Update
 from pckernels.capture import first_line, speaks_of_dtypes
 from pckernels.clamps import Held, Wish
@@ -23,6 +24,7 @@ from pckernels.extra import PREFIX, ExtraParameters
 from pckernels.graph import ComputationGraph, Trace
 from pckernels.losses import Loss
 from pckernels.match import Matched
+from pckernels.module_key import module_key
 from pckernels.objective import Objective
 from pckernels.optimizers import check_holds, check_optimizer
 from pckernels.options import Option, changed
@@ -30,8 +32,13 @@ from pckernels.precision import Precision, is_learned
 from pckernels.rollback import Rollback
 from pckernels.rules import Rule
 from pckernels.tracing import trace
+from pckernels.wrappers import is_distributed, unwrapped
 
 _TRACES = 16  # per network; a new training mode, dtype, device or sequence length takes one
+_MANY_TRACES = (
+    f"This network has been traced for more than {_TRACES} kinds of call, which takes seconds each time. Keep lengths and sizes few, and "
+    "let a number that changes often be a buffer, which is read at each call, in place of a plain member of a module."
+)
 _MISSING = object()
 _OWN = ("_options", "_extra", "_traces", "_latest", "training")  # attributes of a network, beside its options and properties
 
@@ -67,7 +74,7 @@ class PCNetwork(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
-        Unsupported: the backend is not available.
+        Unsupported: the backend is not available, or the module comes from torch.jit.
     """
 
     rule, loss, reduction = Option[Rule](), Option[Loss](), Option[str]()
@@ -96,14 +103,16 @@ class PCNetwork(nn.Module):
             raise TypeError(f"module must be an nn.Module; got {type(module).__name__}.")
         options: dict[str, Any] = {"rule": rule, "loss": loss, "reduction": reduction, "value_nodes": value_nodes, "batch_dim": batch_dim}
         options |= {"backend": backend, "check": check, "precision": precision, "match": match}
-        options = changed({}, options, _unwrapped(module))
+        inner = unwrapped(module)
+        check_module(inner)
+        options = changed({}, options, inner)
         self._adopt(module)
         # Not by nn.Module's __setattr__, which looks into the registries, and they are the module's.
         self.__dict__.update(_options=options, _extra=ExtraParameters(), _traces=OrderedDict(), _latest=None)
 
     def _adopt(self, module: nn.Module) -> None:
         # Sharing the registries gives this network the module's own parameters and state_dict keys, without a prefix.
-        inner = _unwrapped(module)
+        inner = unwrapped(module)
         self.__dict__["module"] = module
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = inner.__dict__[registry]
@@ -114,15 +123,14 @@ class PCNetwork(nn.Module):
         if name not in _OWN and not isinstance(getattr(type(self), name, None), Option | property):
             super().__setattr__(name, value)
         elif isinstance(value, Tensor) and (name in self._parameters or name in self._buffers):
-            setattr(_unwrapped(self.module), name, value)  # no option is a tensor; load_state_dict(assign=True) sets members so
+            setattr(unwrapped(self.module), name, value)  # no option is a tensor; load_state_dict(assign=True) sets members so
         else:
             object.__setattr__(self, name, value)
 
     def _change_option(self, name: str, value: Any) -> None:
-        self.__dict__["_options"] = changed(self.__dict__["_options"], {name: value}, _unwrapped(self.module))
+        self.__dict__["_options"] = changed(self.__dict__["_options"], {name: value}, unwrapped(self.module))
         if name == "value_nodes":  # of all options the one that traces depend on and are not kept under
-            self._traces.clear()
-            self._latest = None
+            self.retrace()
 
     @property
     def module(self) -> nn.Module:
@@ -157,15 +165,15 @@ class PCNetwork(nn.Module):
 
     def get_submodule(self, target: str) -> nn.Module:
         """The module's, and itself for ""."""
-        return _unwrapped(self.module).get_submodule(target) if target else self
+        return unwrapped(self.module).get_submodule(target) if target else self
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The module's."""
-        return _unwrapped(self.module).get_parameter(target)
+        return unwrapped(self.module).get_parameter(target)
 
     def get_buffer(self, target: str) -> Tensor:
         """The module's."""
-        return _unwrapped(self.module).get_buffer(target)
+        return unwrapped(self.module).get_buffer(target)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PCNetwork:
         self._extra._apply(fn, recurse)
@@ -257,7 +265,8 @@ class PCNetwork(nn.Module):
         if self.rule.dynamics.learn_at_each_step:
             return self._step_at_each_step(inputs, kwargs, target, scale, optimizer, wish)
         inference = self._run(inputs, kwargs, target, scale, learn=True, record=False, optimizer=optimizer, wish=wish)
-        optimizer.step()
+        with torch.inference_mode(False):  # the optimizer's state could not be written to later
+            optimizer.step()
         return inference
 
     def _step_at_each_step(
@@ -300,7 +309,7 @@ class PCNetwork(nn.Module):
         if not isinstance(record, bool):
             raise TypeError(f"record must be True or False; got {type(record).__name__}.")
         if target is _MISSING:
-            required = max(1, _required(_unwrapped(self.module)))
+            required = max(1, _required(unwrapped(self.module)))
             inputs, target = (args[:-1], args[-1]) if len(args) > required else (args, None)
         else:
             inputs = args
@@ -308,19 +317,25 @@ class PCNetwork(nn.Module):
 
     def trace(self, *args: Any, **kwargs: Any) -> ComputationGraph:
         """The computation graph for these inputs in the present training mode, from the cache or traced anew."""
-        arguments = Arguments(args, kwargs, self.batch_dim)
-        traced = self._trace(arguments)
-        self._bind_extra(traced, arguments)
+        with torch.inference_mode(False):
+            arguments = Arguments(args, kwargs, self.batch_dim)
+            traced = self._trace(arguments)
+            self._bind_extra(traced, arguments)
         return traced.graph
+
+    def retrace(self) -> None:
+        """Forget every trace, so that the next call traces anew: for changes to the module that no key sees, as in a list that it holds."""
+        self._traces.clear()
+        self._latest = None
 
     def _bind_extra(self, traced: Trace, arguments: Arguments) -> Extra:
         """The extra parameters and the precisions of this network on a graph."""
         dynamics = self.rule.dynamics
         if dynamics.feedback == "symmetric" and not dynamics.has_error_weights and self.precision is None:
             return Extra()
-        inner = _unwrapped(self.module)
+        inner = unwrapped(self.module)
         adds = dynamics.feedback != "symmetric" or dynamics.has_error_weights or is_learned(self.precision)
-        if adds and inner is not self.module:
+        if adds and is_distributed(self.module):
             raise Unsupported(
                 "DistributedDataParallel does not average what a network adds to its module. Use no Relaxed and no precision= with it."
             )
@@ -346,7 +361,7 @@ class PCNetwork(nn.Module):
         return clone
 
     def _trace(self, arguments: Arguments) -> Trace:
-        module = _unwrapped(self.module)
+        module = unwrapped(self.module)
         key = (arguments.key, module_key(module), self.rule.exact)
         if self._latest is not None and self._latest[0] == key:  # to compare is cheaper than to hash
             return self._latest[1]
@@ -359,6 +374,7 @@ class PCNetwork(nn.Module):
             self._traces[key if found.batched else (key, arguments.size)] = found
             if len(self._traces) > _TRACES:
                 self._traces.popitem(last=False)
+                warnings.warn(_MANY_TRACES, RuntimeWarning, stacklevel=2)
         self._traces.move_to_end(key if found.batched else (key, arguments.size))
         self._latest = (key, found) if found.batched else None
         return found
@@ -386,7 +402,7 @@ class PCNetwork(nn.Module):
             raise Unsupported(
                 f"match={self.match!r} does as another code does, which has no clamp=, free= or target_mask=. Leave match= out."
             )
-        module = _unwrapped(self.module)
+        module = unwrapped(self.module)
         with torch.inference_mode(False):
             arguments = Arguments(args, kwargs, self.batch_dim)
             traced = self._trace(arguments)
@@ -501,10 +517,6 @@ def _check_weight_rate(rule: Rule, update: Update | None) -> None:
             f"{type(rule).__name__} moves the weights at every step, and has no weight_rate to move them by. "
             "Give it one, or call step(x, target, optimizer)."
         )
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
 def _with_target(args: tuple[Any, ...], target: Any, method: str) -> tuple[tuple[Any, ...], Any]:

@@ -23,13 +23,27 @@ class Objective:
     """
 
     def __init__(self, loss: Loss, traced: Trace, target: Any, arguments: Arguments, check_values: bool, mask: Any = None):
-        self.loss, self.trace, self.size = loss, traced, arguments.size
+        self.loss, self.trace, self.size, self.batch_dim = loss, traced, arguments.size, arguments.batch_dim
         self.target = _constant(target, arguments.device) if isinstance(target, Tensor) else _constants(target, arguments.device)
         if isinstance(loss, str):
             self.targets = _matched(traced, self.target)
             for name, leaf in self.targets.items():
+                self._check_batch(name)
                 self._check(loss, name, leaf, check_values)
         self.known = {} if mask is None else self._masks(mask, arguments.device)
+
+    def _check_batch(self, name: str) -> None:
+        """Raise where an output cannot have the inputs' batch: its samples, or what they were folded to, are not as many."""
+        shape, size = self.trace.output_shape(name, self.size), self.size or 0
+        if self.trace.batched:
+            has_batch = any(not isinstance(length, int) for length in self.trace.output_shapes[name])
+        else:  # an output of a fixed size: all that can be seen is whether it could be
+            has_batch = any(length == size or (size > 0 and length > 0 and length % size == 0) for length in shape)
+        if not has_batch:
+            raise ValueError(
+                f"{name!r} has shape {tuple(shape)}, in which the batch of {size} samples is missing: dimension {self.batch_dim} of the "
+                "inputs is taken for the batch. Give inputs with a batch there, say batch_dim=, or return an output for each sample."
+            )
 
     def _check(self, loss: str, name: str, target: Any, check_values: bool) -> None:
         vertex = self.trace.graph[name]

@@ -19,6 +19,7 @@ from torch import fx
 from pckernels.capture import Captured, is_mark
 from pckernels.dependence import Dependence, is_slice, is_tuple, operation_name, own_sources
 from pckernels.expansion import RUNNING
+from pckernels.wrappers import ORIGINAL
 
 aten = torch.ops.aten
 
@@ -174,7 +175,7 @@ def _call_of(node: fx.Node) -> tuple[str, bool]:
         return "", False
     key, path, kind = entries[-1]
     again = re.search(r"@(\d+)$", key)
-    call = path.removeprefix("module.") + (f"#{int(again[1]) + 1}" if again else "")
+    call = path.removeprefix("module.").replace(f".{ORIGINAL}", "") + (f"#{int(again[1]) + 1}" if again else "")
     return call, "torch.nn.modules." in kind and ".container." not in kind
 
 

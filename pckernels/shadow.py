@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pckernels.cells import UNROLLED, mark
+from pckernels.wrappers import ORIGINAL, is_compiled
 
 
 def shadow_of(module: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -23,15 +25,42 @@ def shadow_of(module: nn.Module, names: Sequence[str]) -> nn.Module:
 def _copy(module: nn.Module, path: str, copies: dict[int, nn.Module]) -> nn.Module:
     if id(module) in copies:
         return copies[id(module)]
-    shadow = copies[id(module)] = module.__class__.__new__(module.__class__)
-    shadow.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+    kind = Eager if is_compiled(module) else type(module)
+    shadow = copies[id(module)] = object.__new__(kind)  # some classes, as fx.GraphModule, make another class in their __new__
+    dropped = ("forward", "_forward") if kind is Eager else ()
+    shadow.__dict__ = {key: _own(value, module, shadow) for key, value in module.__dict__.items() if key not in dropped}
+    shadow.training = module.training
     if type(module) in UNROLLED:
         shadow.__class__ = UNROLLED[type(module)]
         shadow.path, shadow.calls = path, 0  # type: ignore[assignment]
     for name, child in module._modules.items():
         if child is not None:
-            shadow._modules[name] = _copy(child, f"{path}.{name}" if path else name, copies)
+            shadow._modules[name] = _copy(child, _path_to(path, name, shadow), copies)
     return shadow
+
+
+class Eager(nn.Module):
+    """The shadow of what torch.compile returns: its forward, an attribute, runs the user's own module; this one the shadow's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[ORIGINAL](*args, **kwargs)  # type: ignore[misc]
+
+
+def _own(value: Any, module: nn.Module, shadow: nn.Module) -> Any:
+    """A member of a module as its shadow's: registries are copied; methods set on the module, as .compile() does, become the shadow's."""
+    if isinstance(value, dict):
+        return copy.copy(value)
+    written = getattr(value, "_torchdynamo_orig_callable", value)
+    if isinstance(written, MethodType) and written.__self__ is module:
+        return MethodType(written.__func__, shadow)
+    return value
+
+
+def _path_to(path: str, name: str, shadow: nn.Module) -> str:
+    """The path of a child; compiling a module does not change its name."""
+    if isinstance(shadow, Eager):
+        return path
+    return f"{path}.{name}" if path else name
 
 
 class _OutputMarker:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from pckernels.capture import capture
 from pckernels.cutting import cut
 from pckernels.graph import Trace
+from pckernels.wrappers import uncompiled
 
 
 def trace(
@@ -36,6 +37,7 @@ def trace(
         Unsupported: the module cannot be captured; the text names the operation and what to do.
         ValueError, TypeError: bad names, or inputs that the module itself rejects.
     """
+    module = uncompiled(module)
     names = () if isinstance(value_nodes, str) else tuple(value_nodes)
     captured = capture(module, example, keywords, batch_dim, names)
     return cut(captured, value_nodes, live_statistics, argument_names(module, example, keywords))

@@ -418,7 +418,7 @@ def _distance_of_incremental_steps(module, x, target, half):
     twin = copy.deepcopy(module)
     rule = pck.Incremental(3, 0.2)
     pck.PCNetwork(twin, rule).step(x, target, torch.optim.SGD(twin.parameters(), 0.1))
-    parallel = pck.PCNetwork(nn.parallel.DistributedDataParallel(module), rule)
+    parallel = pck.PCNetwork(torch.compile(nn.parallel.DistributedDataParallel(module), backend="eager"), rule)
     parallel.step(x[half], target[half], torch.optim.SGD(module.parameters(), 0.1))
     return max(float((a - b).abs().max()) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
 
