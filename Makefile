@@ -6,14 +6,15 @@ STAMP := $(VENV)/.pckernels-installed
 OUT := out
 COMPILED := tests/test_triton_build.py
 # test_triton_absent.py runs where there is no Triton, and all others are skipped.
-INTERPRETED := $(addprefix tests/test_triton_,absent.py op.py kernels.py rows.py step.py cross_entropy.py max_pool.py chain.py machine.py)
+INTERPRETED := $(addprefix tests/test_triton_,absent.py op.py kernels.py rows.py step.py cross_entropy.py max_pool.py chain.py \
+  machine.py instructions.py)
 INTERPRET = TRITON_INTERPRET=1 $(RUN) -m pytest -n auto $(INTERPRETED)
 
 # The tensors of the demo and of the tests are too small to be worth a second thread each.
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: demo test test-triton bench bench-check bench-micro lint format clean
+.PHONY: demo test test-triton test-triton-oldest bench bench-check bench-micro lint format clean
 
 demo: $(STAMP)
 	$(RUN) -m pckernels train cnn --learner both --epochs 30 --out $(OUT) --overwrite
@@ -31,6 +32,10 @@ test: lint
 test-triton: $(STAMP)
 	$(RUN) -m pytest $(COMPILED)
 	$(INTERPRET)
+
+# The kernels compiled with the oldest Triton that setup.py allows, installed into a folder of its own: some minutes and 650 MB.
+test-triton-oldest: $(STAMP)
+	$(RUN) tests/oldest_triton.py $(OUT)/triton-oldest
 
 # Minutes; the report is out/bench/report.html.
 bench: $(STAMP)

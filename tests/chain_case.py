@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from triton_case import relative_error
 
 import pckernels as pck
-from pckernels import interpreter
 from pckernels.backends import native, reference, selection
 from pckernels.call import Call, Outcome
 from pckernels.compiler import Compiled, compile_steps
@@ -147,35 +146,3 @@ def memory_of(compiled: Compiled, net: nn.Module, batch: int, dtype: torch.dtype
 def results(compiled: Compiled, memory: Memory) -> list[Tensor]:
     written = [tensor for place, tensor in zip(compiled.io, memory.io, strict=True) if place.is_result]
     return [t.double().cpu() for t in (*written, *memory.gradients, memory.energies)]
-
-
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def rounding(precision: str) -> type[interpreter.Machine]:
-    """The reference with operands of products rounded likewise; to TF32 it does not round."""
-    if precision not in HALVES:
-        return interpreter.Machine
-    return type("Rounding", (Rounding,), {"half": HALVES[precision]})
-
-
-class Rounding(interpreter.Machine):
-    """Products whose operands are rounded to half precision."""
-
-    half: torch.dtype
-
-    def _linear(self, i, t):
-        self._rounded(super()._linear, i, t)
-
-    def _linear_t(self, i, t):
-        self._rounded(super()._linear_t, i, t)
-
-    def _rounded(self, product, i, t):
-        weights, rows = self.memory.weights, self.rows
-        self.memory.weights = [w if w.dim() == 1 else w.to(self.half).to(w.dtype) for w in weights]
-        self.rows = lambda start, n: rows(start, n).to(self.half).to(self.dtype)
-        try:
-            product(i, t)
-        finally:
-            self.memory.weights = weights
-            del self.rows

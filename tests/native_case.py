@@ -1,4 +1,4 @@
-"""Code made by hand for tests of the native engine: arrays of the arena, and the io tensors that fill and read them."""
+"""Code made by hand, for tests of what runs it: arrays of the arena, and the io tensors that fill and read them."""
 
 from __future__ import annotations
 

@@ -67,20 +67,20 @@ class Skip(nn.Module):
 class Residual(nn.Module):
     """A convolution, and a block with a skip round two more."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 5) -> None:
         super().__init__()
-        self.stem, self.conv1, self.conv2 = nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1)
-        self.head = nn.Linear(5, 3)
+        self.stem, self.conv1, self.conv2 = (nn.Conv2d(channels, width, 3, padding=1) for channels in (2, width, width))
+        self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x).relu()
-        return self.head(F.avg_pool2d(F.gelu(h + self.conv2(self.conv1(h).relu())), 6).flatten(1))
+        return self.head(F.avg_pool2d(F.gelu(h + self.conv2(self.conv1(h).relu())), x.shape[-1]).flatten(1))
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], width: int, layers: int = 1):
+    def __init__(self, kind: type[nn.RNNBase], width: int, layers: int = 1, inputs: int = 4):
         super().__init__()
-        self.layer, self.head = kind(4, width, layers, batch_first=True), nn.Linear(width, 3)
+        self.layer, self.head = kind(inputs, width, layers, batch_first=True), nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(x)[0])
@@ -95,6 +95,11 @@ def mlp(width: int) -> nn.Module:
 def cnn() -> nn.Module:
     layers = [nn.Conv2d(2, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(24, 17), nn.ReLU(), nn.Linear(17, 3))
+
+
+def small_cnn() -> nn.Module:
+    layers = [nn.Conv2d(2, 3, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 2, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,15 @@ MODELS = {
     "lstm": Model(lambda: Recurrent(nn.LSTM, 9), (4, 4), (4, 3)),
     "gru": Model(lambda: Recurrent(nn.GRU, 8, 2), (3, 4), (3, 3)),
     **{f"mlp{width}": Model(lambda width=width: mlp(width), (7,), (3,)) for width in (8, 10, 64, 100, 129)},
+    # The same again, for what is slow.
+    "small mlp": Model(lambda: mlp(5), (7,), (3,)),
+    "small pair": Model(lambda: nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)), (7,), (3,)),
+    "small skip": Model(lambda: Skip(4), (4,), (3,)),
+    "small cnn": Model(small_cnn, (2, 5, 5), (3,)),
+    "small residual": Model(lambda: Residual(2), (2, 3, 3), (3,)),
+    "small rnn": Model(lambda: Recurrent(nn.RNN, 3, 2, inputs=2), (2, 2), (2, 3)),
+    "small lstm": Model(lambda: Recurrent(nn.LSTM, 3, inputs=2), (2, 2), (2, 3)),
+    "small gru": Model(lambda: Recurrent(nn.GRU, 3, inputs=2), (2, 2), (2, 3)),
 }
 
 

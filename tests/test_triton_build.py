@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 
+import oldest_triton
 import ptx
 import pytest
 from pckernels.triton import ahead_of_time
@@ -164,13 +165,12 @@ def test_what_is_over_budget_is_found() -> None:
 
 
 def test_the_oldest_and_the_pinned_triton_have_budgets_of_the_same_rows() -> None:
-    """CI compiles with the one that constraints.txt pins. With another: pip install it, and run this file."""
+    """This file runs with the one that constraints.txt pins; oldest_triton.py runs it with the other."""
     pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
     names = {build.name for build in ahead_of_time.builds()}
     pinned = re.search(r"^triton==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    oldest = re.search(r"triton>=(\d+\.\d+)", (ROOT / "setup.py").read_text(encoding="utf-8"))
-    assert pinned is not None and oldest is not None
-    for release in (pinned[1], oldest[1]):
+    assert pinned is not None
+    for release in (pinned[1], oldest_triton.oldest()):
         rows = ahead_of_time.read_budget(release)
         assert rows.keys() == {f"{name} {architecture}" for name in names for architecture in ahead_of_time.ARCHITECTURES}, release
 

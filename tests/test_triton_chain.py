@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import rounded_case
 import torch
-from chain_case import SIZES, Chosen, assert_as_good, code_of, memory_of, results, rounding
+from chain_case import Chosen, assert_as_good, code_of, memory_of, results
+from fast_interpreter import install
 from triton_case import DEVICE, relative_error, require_a_way_to_run
 
 import pckernels as pck
@@ -15,6 +17,9 @@ from pckernels import dispatch, interpreter, triton_chain
 require_a_way_to_run()
 
 from pckernels.triton import relax_mlp  # noqa: E402
+
+if DEVICE == "cpu":
+    install()
 
 
 @pytest.fixture
@@ -74,9 +79,8 @@ def test_rounded_operands(rule: pck.rules.Rule, precision: str, held: bool, monk
     monkeypatch.setattr(relax_mlp, "plan_chain", lambda *args: dataclasses.replace(plan(*args), held=held))
     relax_mlp.run(compiled, memory, 17, -0.5, precision)
     exact = memory_of(compiled, net, 17, torch.float64)
-    monkeypatch.setattr(interpreter, "Machine", rounding(precision))
-    interpreter.execute(compiled.code, exact, 17, -0.5)
-    allowed = 4 * 2.0**-11 * max(SIZES["wide"]) ** 0.5
+    rounded_case.execute(compiled.code, exact, 17, -0.5, precision)
+    allowed = rounded_case.tolerance(compiled.code, 17, precision)
     for ours, expected in zip(results(compiled, memory), results(compiled, exact), strict=True):
         assert relative_error(ours, expected.reshape(ours.shape)) <= allowed
 

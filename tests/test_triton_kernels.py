@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fast_interpreter import install
 from torch import Tensor
 from triton_case import DEVICE, relative_error, require_a_way_to_run
 
@@ -16,6 +17,9 @@ require_a_way_to_run()
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from pckernels.triton import activations, functions, local_update  # noqa: E402
+
+if DEVICE == "cpu":
+    install()
 
 SLOPES_ALONE = (Activation.AFFINE, Activation.LEAKY_RELU)  # whose change may be a slope times dz, whatever z is
 BY_VALUE = (Activation.TANH, Activation.SIGMOID)

@@ -9,8 +9,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
+import rounded_case
 import torch
-from chain_case import ACTIVATIONS, SIZES, Chosen, assert_as_good, code_of, memory_of, results, rounding
+from chain_case import ACTIVATIONS, Chosen, assert_as_good, code_of, memory_of, results
 from torch import Tensor, nn
 from triton_case import relative_error
 
@@ -123,15 +124,15 @@ def test_other_tiles_and_warps(lanes: int, warps: int, chosen: Chosen) -> None:
 
 
 @pytest.mark.parametrize("rule", ["momentum", "fixed"])
-@pytest.mark.parametrize(("precision", "unit"), [("tf32", 2.0**-11), ("fp16", 2.0**-11), ("bf16", 2.0**-8)])
-def test_rounded_operands(rule: str, precision: str, unit: float, emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_rounded_operands(rule: str, precision: str, emulated: Emulated) -> None:
     compiled, net = code_of("ragged", "tanh", RULES[rule](8))
     memory, exact = memory_of(compiled, net, 17, torch.float32), memory_of(compiled, net, 17, torch.float64)
     run(compiled, memory, 17, -0.5, precision=precision)
-    monkeypatch.setattr(interpreter, "Machine", rounding(precision))
-    interpreter.execute(compiled.code, exact, 17, -0.5)
+    rounded_case.execute(compiled.code, exact, 17, -0.5, precision)
+    allowed = rounded_case.tolerance(compiled.code, 17, precision)
     for ours, expected in zip(results(compiled, memory), results(compiled, exact), strict=True):
-        assert relative_error(ours, expected.reshape(ours.shape)) <= 4 * unit * max(SIZES["ragged"]) ** 0.5
+        assert relative_error(ours, expected.reshape(ours.shape)) <= allowed
 
 
 def test_a_call_that_does_not_learn_stores_errors_alone(emulated: Emulated) -> None:

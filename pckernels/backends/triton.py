@@ -26,7 +26,7 @@ from pckernels.planner import Limits
 from pckernels.triton_planner import Options, Plan, plan
 
 options = Scope(Options)
-INTERPRETED = Limits(80, 0, 2)  # what the interpreter plans for: no shared memory, and two programs, so that one takes several tiles
+INTERPRETED = Limits(80, 0, 1)  # what the interpreter plans for: no shared memory, and two programs, so that one takes several tiles
 
 
 def interpreted() -> bool:
