@@ -351,6 +351,8 @@ def _explained(module: nn.Module, names: Sequence[str], example: Any, error: Exc
             "given: no gradient can pass by it. Make it, or clone it, outside of that mode."
         )
     own = _own_complaint(module, names, example)
+    if own is None and "not support dtype" in str(error):  # of integers in a convolution, which only the trace complains of
+        own = error
     if own is not None:
         kind = TypeError if isinstance(own, TypeError | AttributeError) or speaks_of_dtypes(own) else ValueError
         return kind(
