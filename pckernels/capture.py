@@ -250,7 +250,12 @@ def _read_outputs(captured: Captured, specs: Iterable[Any]) -> None:
 
 
 def _has_symbol(inputs: Iterable[fx.Node | None]) -> bool:
-    return any(isinstance(size, torch.SymInt) for node in inputs if node is not None for size in node.meta["val"].shape)
+    return any(_is_free(size) for node in inputs if node is not None for size in node.meta["val"].shape)
+
+
+def _is_free(size: Any) -> bool:
+    """Whether a size is a symbol still: forward may have fixed it to the example's number, as .view(5, 3) does."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def _check_operations(graph: fx.Graph) -> None:
