@@ -250,7 +250,12 @@ def _read_outputs(captured: Captured, specs: Iterable[Any]) -> None:
 
 
 def _has_symbol(inputs: Iterable[fx.Node | None]) -> bool:
-    return any(isinstance(size, torch.SymInt) for node in inputs if node is not None for size in node.meta["val"].shape)
+    return any(_is_free(size) for node in inputs if node is not None for size in node.meta["val"].shape)
+
+
+def _is_free(size: Any) -> bool:
+    """Whether a size is a symbol still: forward may have fixed it to the example's number, as .view(5, 3) does."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def _check_operations(graph: fx.Graph) -> None:
@@ -351,6 +356,8 @@ def _explained(module: nn.Module, names: Sequence[str], example: Any, error: Exc
             "given: no gradient can pass by it. Make it, or clone it, outside of that mode."
         )
     own = _own_complaint(module, names, example)
+    if own is None and "not support dtype" in str(error):  # of integers in a convolution, which only the trace complains of
+        own = error
     if own is not None:
         kind = TypeError if isinstance(own, TypeError | AttributeError) or speaks_of_dtypes(own) else ValueError
         return kind(

@@ -67,6 +67,18 @@ def test_an_output_without_samples_is_refused(answer: Callable[[Tensor], Tensor]
     assert_refused(pck.PCNetwork(Answer(answer), RULES[0]), torch.randn(5, 4), target, ValueError, "batch of 5 samples is missing")
 
 
+def test_a_mean_over_as_many_samples_as_features_is_refused() -> None:
+    network = pck.PCNetwork(Answer(lambda h: h.mean(0)), RULES[0])
+    assert_refused(network, torch.randn(3, 4), torch.zeros(3), ValueError, "batch of 3 samples is missing")
+
+
+def test_a_graph_of_one_batch_size_is_held_to_that_size() -> None:
+    x = torch.randn(5, 4)
+    pck.PCNetwork(Answer(lambda h: torch.tanh(h.view(5, 3))), RULES[0]).backward(x, torch.randn(5, 3))
+    cut = pck.PCNetwork(Answer(lambda h: torch.tanh(h.view(5, 3)[:4])), RULES[0])
+    assert_refused(cut, x, torch.randn(4, 3), ValueError, "batch of 5 samples is missing")
+
+
 @pytest.mark.parametrize("batch", [0, 1, 2, 5])
 @pytest.mark.parametrize(
     "answer",
