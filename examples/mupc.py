@@ -147,7 +147,7 @@ def draw(results: list[dict], path: str) -> None:
         ax.legend(loc="center right")
     axes[0].set_ylabel("test accuracy")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

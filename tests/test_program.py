@@ -205,7 +205,7 @@ def test_frozen_weights_and_a_scale(interpreted: Interpreted) -> None:
     assert interpreted.runs == 1
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(description=descriptions())
 def test_random_modules(description: Description) -> None:
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -66,6 +67,8 @@ run = partial(relax_mlp_pinned.run, shared_bytes=ROOM)
 def chosen(monkeypatch: pytest.MonkeyPatch, emulated: Emulated) -> Iterator[Chosen]:
     found = Chosen(run)
     monkeypatch.setattr(dispatch, "choose", found.choose)
+    there = replace(dispatch._BACKENDS["triton"], support=dispatch.Support(True, "emulated"))
+    monkeypatch.setitem(dispatch._BACKENDS, "triton", there)
     yield found
     assert emulated.runs > 0, "no kernel ran"
 

@@ -152,8 +152,8 @@ def depths(setting: Setting, seconds: float) -> dict[str, Any]:
 def fitting_backend(network: PCNetwork, x: torch.Tensor, target: torch.Tensor, device: torch.device) -> str:
     """The engine where it takes the call, else the tier that takes any."""
     for name in (backend_for(device), "graph"):
-        network.backend = name
         try:
+            network.backend = name
             network.infer(x, target)
         except Unsupported:
             continue
