@@ -191,8 +191,7 @@ def test_two_inferences_are_equal_bit_for_bit() -> None:
 
 @needs_interpreter
 def test_double_precision_is_refused_in_a_sentence() -> None:
-    module, network = backends.networks("mlp")
-    network.backend, network.rule = "graph", STRICT
+    network = pck.PCNetwork(backends.MODELS["mlp"].build().double(), STRICT, backend="graph")
     x, target = backends.data("mlp", 5, "squared_error")
     with graph.options(fused=True), pytest.raises(pck.Unsupported, match=r"launches are fused in float32; this call has torch\.float64"):
-        pck.PCNetwork(module.double(), STRICT, backend="graph").infer(x.double(), target.double())
+        network.infer(x.double(), target.double())
