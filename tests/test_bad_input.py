@@ -213,7 +213,7 @@ def bad_calls(draw: st.DrawFn) -> tuple[str, str, str, str, str]:
     return kind, name, loss, draw(st.sampled_from(list(RULES))), draw(st.sampled_from(["backward", "step", "infer"]))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(bad_calls())
 def check(call: tuple[str, str, str, str, str]) -> None:
     kind, name, loss, rule, how = call

@@ -408,11 +408,11 @@ def test_state_and_results_do_not_grow_with_the_number_of_steps():
 
 
 def test_the_peak_of_a_call_does_not_rise_with_the_number_of_steps():
-    found = curves.memory(torch.device("cpu"), [replace(which, batch=64) for which in curves.MEMORIES])
+    found = curves.memory(torch.device("cpu"), [replace(which, batch=16) for which in curves.MEMORIES])
     if not found:
         pytest.skip("this system does not say what the peak of resident memory is")
-    kept = 1000 * found[0]["state_bytes"]["1000"]  # if every step were kept: more than a GiB
-    assert kept > 2**30
+    kept = 1000 * found[0]["state_bytes"]["1000"]  # if every step were kept: 250 MiB
+    assert kept > 2**28
     assert [(row["model"].split()[0], row["backend"]) for row in found] == [("MLP", "host"), ("RNN", "host"), ("MLP", "graph")]
     assert all(max(row["bytes"].values()) - min(row["bytes"].values()) < 2**20 for row in found)
 

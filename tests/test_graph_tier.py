@@ -37,7 +37,7 @@ def test_every_operation_has_a_body() -> None:
     assert set(tensor_machine._RUN) == set(Op) - {Op.MEET, Op.GATHER}
 
 
-@pytest.mark.parametrize("name", ["mlp", "skip", "cnn", "residual", "lstm", "gru"])
+@pytest.mark.parametrize("name", ["mlp", "skip", "cnn", "residual", "lstm"])
 @pytest.mark.parametrize(
     "rule",
     [

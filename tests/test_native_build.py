@@ -158,7 +158,7 @@ def races(program: Path, case: Path, folder: Path, ignored: int) -> bool:
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_the_host_engine_is_clean(folder: Path, sanitizer: str) -> None:
-    flags = ["-O1", "-g1", "-DPCK_ISA=baseline", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=undefined"]
+    flags = ["-O0", "-g1", "-DPCK_ISA=baseline", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=undefined"]
     program = build(folder, f"host_{sanitizer[:6]}", ["tests/host_test.cpp", *HOST_SOURCES], *flags)
     for name, make in EXAMPLES.items():
         found, case, results = make(), folder / f"{name}.case", folder / f"{name}.results"

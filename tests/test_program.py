@@ -205,9 +205,9 @@ def test_frozen_weights_and_a_scale(interpreted: Interpreted) -> None:
     assert interpreted.runs == 1
 
 
-@settings(max_examples=25)
+@settings(max_examples=36)
 @given(description=descriptions())
-def test_random_modules(description: Description) -> None:
+def check_random_module(description: Description) -> None:
     torch.manual_seed(0)
     module = RandomModule(description).double()
     inputs = random_inputs(description, 3, 0)
@@ -243,9 +243,9 @@ def _like(output: object, targets: list[Tensor]) -> object:
     return type(output)(zip(output, targets, strict=True)) if isinstance(output, dict) else type(output)(targets)
 
 
-def test_enough_random_modules_were_lowered() -> None:
-    if not lowered:
-        pytest.skip("runs after test_random_modules")
+def test_random_modules() -> None:
+    """And most of them are lowered: what the interpreter of instructions has not run proves nothing here."""
+    check_random_module()
     assert sum(lowered) >= 60, (sum(lowered), len(refused))
 
 
