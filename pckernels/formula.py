@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -164,29 +164,22 @@ class Written(Generic[Place]):
     stores: tuple[Place, ...]
 
 
-Evaluate = Callable[[Formula, Sequence[float], Sequence[float], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
+Evaluate = Callable[[Written[Any], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
 
 
-def evaluate(
-    formula: Formula,
-    factors: Sequence[float],
-    scales: Sequence[float],
-    loads: Sequence[Tensor],
-    stores: Sequence[Tensor],
-    parts: Sequence[Tensor] = (),
-) -> None:
-    """Compute a formula over tensors.
+def evaluate(written: Written[Any], loads: Sequence[Tensor], stores: Sequence[Tensor], parts: Sequence[Tensor] = ()) -> None:
+    """Compute a formula over the tensors of its places.
 
     Args:
-        factors: two for each term; scales: one for each sum.
         loads: of one shape; stores: of the same, and any of them may be one of `loads`.
         parts: for each sum, where it goes: (PARTS,) float64, of which the first takes all.
     """
+    formula, factors = written.formula, written.factors
     values = list(loads)
     like = (*stores, *loads)[0]
     for k, term in enumerate(formula.terms):
         values.append(_evaluated(term, factors[2 * k : 2 * k + 2], values, like))
-    sums = [scale * (values[a] * values[b]).sum(dtype=torch.float64) for (a, b), scale in zip(formula.sums, scales, strict=True)]
+    sums = [scale * (values[a] * values[b]).sum(dtype=torch.float64) for (a, b), scale in zip(formula.sums, written.scales, strict=True)]
     found = [values[value].clone() if value < formula.loads else values[value] for value in formula.stores]  # a load may be overwritten
     for target, result in zip(stores, found, strict=True):
         target.copy_(result)

@@ -97,15 +97,12 @@ def fuse(drafts: Sequence[Draft], kept: set[Array]) -> list[Item]:
 
     kept: arrays (roots) that must be in memory after the step.
     """
-    groups = _Schedule(drafts).groups()
     items: list[Item] = []
-    needed, later = kept, []
-    for group in reversed(groups):
-        later.append((group, needed))
-        needed = needed | {array.root for draft in group for array in draft.reads}
-    for group, after in reversed(later):
-        items.extend([_fused(group, after)] if can_fuse(group[0]) else group)
-    return items
+    needed = set(kept)
+    for group in reversed(_Schedule(drafts).groups()):
+        items.append(_fused(group, needed) if can_fuse(group[0]) else group[0])
+        needed.update(array.root for draft in group for array in draft.reads)
+    return items[::-1]
 
 
 class _Schedule:
@@ -122,6 +119,7 @@ class _Schedule:
                 self.users.setdefault(array, []).append(k)
 
     def groups(self) -> list[list[Draft]]:
+        """In order; what cannot be fused is a group by itself."""
         found = []
         while self.waiting:
             members = self._next()

@@ -150,11 +150,10 @@ class Machine:
 
     def _launch(self, fusion: Fusion) -> None:
         assert self.kernels is not None
-        written = fusion.written
-        loads = [self.get(array) for array in written.loads]
-        stores = [self.memory_of(array) for array in written.stores]
+        loads = [self.get(array) for array in fusion.written.loads]
+        stores = [self.memory_of(array) for array in fusion.written.stores]
         parts = [self.parts[slot] for slot in fusion.slots]
-        self.kernels.evaluate(written.formula, written.factors, written.scales, loads, stores, parts)
+        self.kernels.evaluate(fusion.written, loads, stores, parts)
 
     def memory_of(self, array: Array) -> Tensor:
         """Where all of an array is to be written; of a held one, its own memory."""

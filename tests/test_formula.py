@@ -15,7 +15,7 @@ def run(written: Written[str], tensors: dict[str, Tensor]) -> list[Tensor]:
     """Its sums; the tensors of its stores are written."""
     parts = [torch.zeros(PARTS, dtype=torch.float64) for _ in written.formula.sums]
     loads, stores = ([tensors[name] for name in names] for names in (written.loads, written.stores))
-    evaluate(written.formula, written.factors, written.scales, loads, stores, parts)
+    evaluate(written, loads, stores, parts)
     return [part.sum() for part in parts]
 
 

@@ -9,7 +9,7 @@ import extra_case
 import pytest
 import torch
 from test_backends import MODELS, data
-from test_graph_tier import Recorded, found, recording  # noqa: F401
+from test_graph_tier import Recorded, assert_is_the_reference, found, recording  # noqa: F401
 from torch import Tensor
 
 import pckernels as pck
@@ -67,12 +67,7 @@ EVERY += [("residual", rule) for rule in (RULES[0], RULES[4])] + [("lstm", rule)
 
 @pytest.mark.parametrize(("name", "rule"), EVERY, ids=lambda value: value if isinstance(value, str) else IDS[RULES.index(value)])
 def test_it_is_the_reference_in_float64(fused: list[Compiled], name: str, rule: pck.rules.Rule) -> None:
-    module = MODELS[name].build().double()
-    x, target = (tensor.double() for tensor in data(name, 5, "squared_error"))
-    ours, reference = (found(pck.PCNetwork(module, rule, backend=backend), x, target) for backend in ("graph", "reference"))
-    assert set(ours) == set(reference)
-    for key, expected in reference.items():
-        torch.testing.assert_close(ours[key], expected, rtol=1e-11, atol=1e-12, msg=key)
+    assert_is_the_reference(name, rule)
     assert fusions(fused[-1])
 
 
@@ -82,12 +77,7 @@ def test_cross_entropy(fused: list[Compiled], monkeypatch: pytest.MonkeyPatch, n
     calls: list[str] = []
     loss = operations.loss
     monkeypatch.setattr(operations, "loss", lambda *arguments: calls.append("loss") or loss(*arguments))  # type: ignore[func-returns-value]
-    module, rule = MODELS[name].build().double(), RULES[0]
-    x, target = data(name, 5, "cross_entropy")
-    nets = [pck.PCNetwork(module, rule, loss="cross_entropy", backend=backend) for backend in ("graph", "reference")]
-    ours, reference = (found(network, x.double(), target) for network in nets)
-    for key, expected in reference.items():
-        torch.testing.assert_close(ours[key], expected, rtol=1e-11, atol=1e-12, msg=key)
+    assert_is_the_reference(name, RULES[0], "cross_entropy")
     assert len(calls) == 1 + 7  # the latter by the stand-in for the kernel
 
 

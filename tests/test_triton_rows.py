@@ -37,7 +37,7 @@ def run(written: Written[str], tensors: Tensors) -> tuple[Tensors, list[Tensor]]
     ours = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
     parts = [torch.zeros(PARTS, 2, dtype=torch.float64, device=DEVICE)[:, 1] for _ in written.formula.sums]
     loads, stores = ([ours[name] for name in names] for names in (written.loads, written.stores))
-    rows.run(written.formula, written.factors, written.scales, loads, stores, parts)
+    rows.run(written, loads, stores, parts)
     return {name: ours[name] for name in written.stores}, parts
 
 
@@ -45,7 +45,7 @@ def exact(written: Written[str], tensors: Tensors) -> tuple[Tensors, list[Tensor
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     parts = [torch.zeros(PARTS, dtype=torch.float64) for _ in written.formula.sums]
     loads, stores = ([wide[name] for name in names] for names in (written.loads, written.stores))
-    evaluate(written.formula, written.factors, written.scales, loads, stores, parts)
+    evaluate(written, loads, stores, parts)
     return {name: wide[name] for name in written.stores}, parts
 
 
@@ -105,7 +105,7 @@ def test_strided_rows() -> None:
     on_device = {name: tensor.to(DEVICE) for name, tensor in whole.items()}
     ours = {name: tensor[:, 7 + k : 217 + k] for k, (name, tensor) in enumerate(on_device.items())}
     written, part = moved(), torch.zeros(PARTS, dtype=torch.float64, device=DEVICE)
-    rows.run(written.formula, written.factors, written.scales, [ours["a"], ours["b"]], [ours["a"], ours["c"]], [part])
+    rows.run(written, [ours["a"], ours["b"]], [ours["a"], ours["c"]], [part])
     for name in "ac":
         assert relative_error(ours[name], wanted[name]) < 1e-6
         expected = whole[name].clone()
@@ -134,7 +134,7 @@ def test_programs_take_more_than_a_block_each_and_sums_are_equal_bit_for_bit(mon
 def test_nothing_is_done_for_an_empty_batch() -> None:
     empty = torch.empty(0, 3, device=DEVICE)
     written, part = moved(), torch.zeros(PARTS, dtype=torch.float64, device=DEVICE)
-    rows.run(written.formula, written.factors, written.scales, [empty, empty], [empty, empty], [part])
+    rows.run(written, [empty, empty], [empty, empty], [part])
     assert not part.any()
 
 

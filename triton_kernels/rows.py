@@ -9,12 +9,13 @@ Sums are those of a fixed number of programs, added up in their order by whoever
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pckernels.formula import PARTS, SUMS, Formula, Operation, Sheet
+from pckernels.formula import PARTS, SUMS, Formula, Operation, Sheet, Written
 
 from .activations import act, act_change, act_grad, act_grad_of_value
 from .ahead_of_time import Build
@@ -132,18 +133,10 @@ def programs(elements: int) -> int:
     return min(PARTS, triton.cdiv(elements, BLOCK))
 
 
-def run(
-    formula: Formula,
-    factors: Sequence[float],
-    scales: Sequence[float],
-    loads: Sequence[Tensor],
-    stores: Sequence[Tensor],
-    parts: Sequence[Tensor] = (),
-) -> None:
-    """Compute a formula over tensors, on the current stream.
+def run(written: Written[Any], loads: Sequence[Tensor], stores: Sequence[Tensor], parts: Sequence[Tensor] = ()) -> None:
+    """Compute a formula over the tensors of its places, on the current stream.
 
     Args:
-        formula, factors, scales: see pckernels.formula.Written.
         loads, stores: (B, n) each, rows of unit stride; of float32, float16 or bfloat16. A store may be one of the loads.
         parts: for each sum, where its parts go: (PARTS,) float64. Those of programs that there are not stay as they are.
     """
@@ -157,13 +150,13 @@ def run(
         tuple(loads),
         tuple(stores),
         tuple(tensor.stride(0) for tensor in tensors),
-        tuple(factors),
-        tuple(scales),
+        written.factors,
+        written.scales,
         *addresses,
         *(address.stride(0) for address in addresses),
         elements,
         width,
-        **_constants(formula, tuple(not tensor.is_contiguous() for tensor in tensors)),
+        **_constants(written.formula, tuple(not tensor.is_contiguous() for tensor in tensors)),
         num_warps=WARPS,
     )
 

@@ -109,7 +109,7 @@ def step_update(vertex: Vertex, pace: Pace, feedback: Sequence[Tensor] = (), dz:
     if written.stores:
         tensors = {**vars(vertex), **{f"fed{k}": fed for k, fed in enumerate(feedback)}, "dz": dz}
         loads, stores = ([tensors[name] for name in names] for names in (written.loads, written.stores))
-        rows.run(written.formula, written.factors, written.scales, loads, stores, [] if parts is None else [parts])
+        rows.run(written, loads, stores, [] if parts is None else [parts])
 
 
 @dataclass(frozen=True)
